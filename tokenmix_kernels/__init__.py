@@ -1,0 +1,1 @@
+"""TokenMix for vision transformers, in one call."""
