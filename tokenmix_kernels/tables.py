@@ -1,0 +1,66 @@
+"""Tables made once on the host, so that no random draw depends on a libm: aspect ratios and Beta quantiles.
+
+Both are integers in fixed point. The reference reads them as lists, the kernels as small device tensors.
+"""
+
+from decimal import Decimal, localcontext
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["BETA_BITS", "RATIO_BITS", "beta_table", "device_table", "ratio_table"]
+
+RATIO_BITS = 10
+BETA_BITS = 12
+
+
+@lru_cache(maxsize=1)
+def ratio_table() -> tuple[int, ...]:
+    """Square roots of 2**10 aspect ratios, log-uniform in [0.3, 1 / 0.3] (the midpoints of equal slices).
+
+    Each entry packs two 16-bit numbers: ``round(2**14 * sqrt(ratio))`` (height factor) in the low half and
+    ``round(2**14 / sqrt(ratio))`` (width factor) in the high half.
+    """
+    size = 1 << RATIO_BITS
+    with localcontext() as context:
+        context.prec = 40
+        step = (Decimal("0.3").ln() / size).exp()
+        root = (Decimal("0.3").ln() * (size - 1) / (2 * size)).exp()
+        roots = []
+        for _ in range(size):
+            roots.append(int((root * (1 << 14)).to_integral_value()))
+            root /= step
+    return tuple(height | width << 16 for height, width in zip(roots, reversed(roots), strict=True))
+
+
+@lru_cache(maxsize=32)
+def beta_table(alpha: float) -> tuple[int, ...]:
+    """Quantiles of Beta(alpha, alpha) at u = i / 2**12, i = 0 ... 2**12, in units of 2**-16.
+
+    The distribution function is integrated on one half of [0, 1] (it is symmetric) and inverted. Below alpha = 1
+    the density has a pole at 0, which the substitution s = v**(1 / alpha) removes.
+    """
+    half = 1 << (BETA_BITS - 1)
+    if alpha < 1:
+        v = np.linspace(0.0, 0.5**alpha, 2**16 + 1)
+        position = v ** (1 / alpha)
+        density = (1 - position) ** (alpha - 1)
+    else:
+        v = np.linspace(0.0, 0.5, 2**16 + 1)
+        position = v
+        density = (v * (1 - v) * 4) ** (alpha - 1)
+    # Simpson's rule on pairs of intervals.
+    area = density[:-2:2] + 4 * density[1:-1:2] + density[2::2]
+    share = np.concatenate([[0.0], np.cumsum(area)])
+    share *= 0.5 / share[-1]
+    lower = np.rint(np.interp(np.arange(half + 1) / (2 * half), share, position[::2]) * 65536).astype(np.int64)
+    return tuple(np.concatenate([lower, 65536 - lower[-2::-1]]).tolist())
+
+
+@lru_cache(maxsize=64)
+def device_table(name: str, alpha: float, device: torch.device) -> Tensor:
+    """One of the tables as an int32 tensor on a device, made once per device."""
+    values = ratio_table() if name == "ratio" else beta_table(alpha)
+    return torch.tensor(values, dtype=torch.int32, device=device)
