@@ -1,0 +1,278 @@
+"""Data sets, and loaders whose every sample depends on the seed, the epoch and its place only."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
+from torchvision import datasets
+
+from tokenmix_kernels.bank import MapBank, dataset_digest
+from tokenmix_kernels.transforms import EvalTransform, TrackedTransform
+
+
+class Batch(NamedTuple):
+    """A training batch; a single sample has the same fields without B.
+
+    Attributes:
+        images: [B, 3, S, S] uint8, the augmented crops.
+        labels: [B] int64.
+        boxes: [B, 4] float32, the crop's (x0, y0, x1, y1) in the source image, relative, before any flip.
+        flips: [B] bool, the crop was flipped from left to right.
+        affines: [B, 2, 3] float32, from relative output to relative source positions, warps included.
+        ids: [B] int64, places of the images in the data set.
+        positions: [B] int64, places of the samples in the epoch, over all processes.
+        maps: [B, h, w] float32, the source images' maps from the bank, or [B, 0, 0] without one.
+    """
+
+    images: Any
+    labels: Any
+    boxes: Any
+    flips: Any
+    affines: Any
+    ids: Any
+    positions: Any
+    maps: Any
+
+
+def to_device(batch: Batch, device: torch.device, channels_last: bool = False) -> Batch:
+    """The batch on the device, without waiting for it."""
+    moved = Batch(*(field.to(device, non_blocking=True) for field in batch))
+    return moved._replace(images=moved.images.contiguous(memory_format=torch.channels_last)) if channels_last else moved
+
+
+class ElpvCells(Dataset[tuple[Image.Image, int]]):
+    """Electroluminescence photographs of solar cells (elpv-dataset), 4 classes: defect x cell type.
+
+    A cell counts as defective where the experts' probability is at least one half. Every fifth image of each
+    class is for validation, the others are for training.
+
+    Raises:
+        ValueError: the package elpv-dataset is not installed.
+    """
+
+    classes = ("mono", "mono defective", "poly", "poly defective")
+
+    def __init__(self, split: str) -> None:
+        if find_spec("elpv_dataset") is None:
+            raise ValueError("--data elpv needs the package elpv-dataset: pip install 'tokenmix_kernels[demo]'")
+        from elpv_dataset.utils import load_dataset
+
+        images, probabilities, types = load_dataset()  # [N, 300, 300] uint8
+        labels = 2 * (types == "poly").astype(np.int64) + (probabilities >= 0.5)
+        validation = np.zeros(len(labels), dtype=bool)
+        for label in range(len(self.classes)):
+            validation[np.flatnonzero(labels == label)[::5]] = True
+        chosen = np.flatnonzero(validation if split == "val" else ~validation)
+        self.images = images[chosen]
+        self.targets: list[int] = labels[chosen].tolist()
+        self.names = [f"cell{index + 1:04d}.png" for index in chosen]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]).convert("RGB"), self.targets[index]
+
+
+@dataclass
+class Data:
+    """A data set with its two splits, as PIL images."""
+
+    name: str
+    train: Any
+    val: Any
+    classes: Sequence[str]
+    labels: list[int]  # of train
+    digest: str  # of train
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def describe(self) -> str:
+        return f"{self.name}: {len(self.train)} images, {len(self.classes)} classes"
+
+    def majority(self) -> float:
+        """Share of the validation images in the class that is largest in the training set."""
+        largest = Counter(self.labels).most_common(1)[0][0]
+        return sum(label == largest for label in self.val.targets) / len(self.val)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 with the data's mean and standard deviation."""
+        shape = (1, -1, 1, 1)
+        mean = torch.tensor(self.mean).view(shape).to(images.device, non_blocking=True)
+        std = torch.tensor(self.std).view(shape).to(images.device, non_blocking=True)
+        return (images.float() / 255 - mean) / std
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """The data set that --data and --data-path name.
+
+    Raises:
+        ValueError: it is not there, or its two splits do not have the same classes.
+    """
+    mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+    if args.data == "elpv":
+        train, val = ElpvCells("train"), ElpvCells("val")
+        return Data("elpv", train, val, ElpvCells.classes, train.targets,
+                    dataset_digest(train.names, train.targets), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    if args.data_path is None:
+        raise ValueError(f"--data {args.data} needs --data-path")
+    root = Path(args.data_path)
+    if args.data == "imagefolder":
+        for split in ("train", "val"):
+            if not (root / split).is_dir():
+                raise ValueError(f"--data imagefolder needs the folders train and val in --data-path; "
+                                 f"{root / split} is missing")
+        folder, val_folder = datasets.ImageFolder(root / "train"), datasets.ImageFolder(root / "val")
+        if folder.classes != val_folder.classes:
+            raise ValueError(f"{root / 'train'} has {len(folder.classes)} classes and {root / 'val'} "
+                             f"{len(val_folder.classes)}, or they are named differently")
+        names = [Path(path).relative_to(folder.root).as_posix() for path, _ in folder.samples]
+        return Data(str(root), folder, val_folder, folder.classes, folder.targets,
+                    dataset_digest(names, folder.targets), mean, std)
+    kind = datasets.CIFAR10 if args.data == "cifar10" else datasets.CIFAR100
+    cifar, cifar_val = kind(root, train=True, download=True), kind(root, train=False, download=True)
+    digest = dataset_digest([str(index) for index in range(len(cifar))], cifar.targets)
+    return Data(args.data, cifar, cifar_val, cifar.classes, cifar.targets, digest, mean, std)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Within, all three generators that transforms draw from start from the key; after, they are as before."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class TrainSamples(Dataset[Batch]):
+    """Augmented samples: item (epoch, position, id) is the same in every process, worker and resumed run."""
+
+    def __init__(self, source: Any, transform: TrackedTransform, seed: int) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: tuple[int, int, int]) -> Batch:
+        epoch, position, index = item
+        image, label = self.source[index]
+        with seeded(self.seed, epoch, position, index):
+            pixels, geometry = self.transform(image)
+        return Batch(pixels, label, geometry.box, geometry.flip, geometry.affine, index, position, torch.empty(0, 0))
+
+
+class EvalSamples(Dataset[tuple[Tensor, int]]):
+    """Validation images, resized and cropped."""
+
+    def __init__(self, source: Any, transform: EvalTransform) -> None:
+        self.source = source
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.source[index]
+        return self.transform(image)[0], label
+
+
+class EpochOrder(Sampler[tuple[int, int, int]]):
+    """The items of one process's epoch from any step on; the order comes from a library's sampler."""
+
+    def __init__(self, data: Data, args: argparse.Namespace, rank: int, world: int) -> None:
+        self.rank, self.world, self.seed = rank, world, args.seed
+        self.epoch, self.first = 0, 0
+        self.sampler: Any
+        if args.repeated_aug:
+            self.sampler = RepeatAugSampler(data.train, num_replicas=world, rank=rank)
+        else:
+            self.sampler = DistributedSampler(data.train, num_replicas=world, rank=rank, drop_last=len(data.train) >= world)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        self.sampler.set_epoch(self.seed * 100_003 + self.epoch)
+        for place, index in enumerate(self.sampler):
+            if place >= self.first:
+                yield self.epoch, place * self.world + self.rank, index
+
+    def __len__(self) -> int:
+        return len(self.sampler) - self.first
+
+
+class Collate:
+    """Stacks samples and reads their maps from the bank, in the loader's process."""
+
+    def __init__(self, bank: MapBank | None) -> None:
+        self.bank = bank
+
+    def __call__(self, samples: list[Batch]) -> Batch:
+        batch: Batch = default_collate(samples)
+        return batch if self.bank is None else batch._replace(maps=self.bank.maps(batch.ids))
+
+
+class EpochLoader:
+    """Training batches of one process, epoch by epoch, and its share of the validation set.
+
+    Attributes:
+        steps: batches in an epoch of this process.
+    """
+
+    def __init__(self, data: Data, args: argparse.Namespace, rank: int, world: int, *, bank: MapBank | None) -> None:
+        transform = TrackedTransform(
+            args.input_size, scale=tuple(args.scale), hflip=args.hflip, color_jitter=args.color_jitter,
+            auto_augment=None if args.aa == "none" else args.aa, interpolation=args.train_interpolation,
+            erasing=args.reprob, mean=data.mean, std=data.std)
+        self.samples = TrainSamples(data.train, transform, args.seed)
+        self.order = EpochOrder(data, args, rank, world)
+        self.collate = Collate(bank)
+        workers: dict[str, Any] = {"num_workers": args.num_workers, "pin_memory": torch.cuda.is_available(),
+                                   "persistent_workers": args.num_workers > 0}
+        # Loaders draw a number for each epoch: from generators of their own, not from the one of the model.
+        self.loader = DataLoader(self.samples, args.batch_size, sampler=self.order, drop_last=True,
+                                 collate_fn=self.collate, generator=torch.Generator(), **workers)
+        self.steps = len(self.loader)
+        if not self.steps:
+            raise ValueError(f"--batch-size {args.batch_size} on {world} process(es) is more than an epoch's "
+                             f"{len(self.order) * world} samples")
+        eval_transform = EvalTransform(args.input_size, crop_pct=args.eval_crop_ratio)
+        self.eval_loader = DataLoader(EvalSamples(data.val, eval_transform), args.batch_size,
+                                      sampler=range(rank, len(data.val), world), generator=torch.Generator(), **workers)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from a step on."""
+        assert self.loader.batch_size is not None
+        self.order.epoch, self.order.first = epoch, first_step * self.loader.batch_size
+        return iter(self.loader)
+
+    def batch(self, epoch: int, positions: Tensor, ids: Tensor) -> Batch:
+        """One batch again, by the places and ids of its samples."""
+        return self.collate([self.samples[epoch, position, index]
+                             for position, index in zip(positions.tolist(), ids.tolist(), strict=True)])
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images [B, 3, S, S] uint8, labels [B] int64) of this process's share, each image once."""
+        return iter(self.eval_loader)

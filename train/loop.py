@@ -1,0 +1,485 @@
+"""The training loop: build, train, evaluate, and replay a step that went wrong."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from tokenmix_kernels import TokenMix
+
+from . import checkpoint
+from .data import Batch, Data, EpochLoader, load_data, to_device
+from .meters import StepTimer, write_records
+from .teacher import Evidence, make_evidence
+
+# Optimisers of torch that leave weights and moments alone, on the device, where found_inf is set.
+FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
+# What decides the numbers of a run; a resumed run must agree in these.
+IDENTITY = ("model", "model_kwargs", "input_size", "batch_size", "accumulate", "epochs", "opt", "lr", "seed", "data",
+            "mixer", "repeated_aug", "max_steps")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient was not finite; the message names the file with which to replay the step."""
+
+
+@dataclass
+class Progress:
+    """Where the run is; the whole of it goes into every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0  # steps (batches) done in this epoch
+    updates: int = 0  # optimiser updates done in the run
+    loss_sum: float = 0.0  # of the losses of this epoch's steps
+    best: float = -1.0
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
+
+
+@dataclass
+class Run:
+    """Everything that a step needs."""
+
+    args: argparse.Namespace
+    rank: int
+    world: int
+    device: torch.device
+    data: Data
+    loader: EpochLoader
+    evidence: Evidence
+    mix: TokenMix
+    model: nn.Module  # the weights
+    net: nn.Module  # the same, compiled and wrapped as asked
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    criterion: nn.Module
+    guarded: bool  # the optimiser obeys found_inf on the device
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.args.amp else nullcontext()
+
+    def steps_per_epoch(self) -> int:
+        steps = self.loader.steps
+        return min(steps, self.args.max_steps) if self.args.max_steps else steps
+
+
+def say(run: Run, text: str) -> None:
+    """Print on the first process, above the progress bar."""
+    if run.rank == 0:
+        tqdm.write(text)
+
+
+def mixing_seed(seed: int, epoch: int, step: int) -> int:
+    """The seed of one step's masks, the same on all ranks: they differ by their sample offset."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device, joined as torchrun says."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index if world == 1 else int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def build(args: argparse.Namespace) -> Run:
+    """Processes, data, evidence, model and optimiser as the arguments say.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    rank, world, device = start_processes(args)
+    if args.amp is None:
+        args.amp = device.type == "cuda"
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    data = load_data(args)
+    model = make_model(args, len(data.classes))
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = model.to(device=device, memory_format=memory_format)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    patch_size = args.patch_size or (patch[0] if patch else 16)
+
+    evidence = make_evidence(args, data, device, rank)
+    loader = EpochLoader(data, args, rank, world, bank=evidence.bank)
+    if loader.steps < args.accumulate:
+        raise ValueError(f"an epoch has {loader.steps} steps of {args.batch_size} images on {world} process(es), "
+                         f"fewer than --accumulate {args.accumulate}: use a smaller --batch-size")
+
+    guarded = args.opt in FUSED
+    extra = {"betas": tuple(args.opt_betas)} if args.opt_betas else {}
+    scale = 1.0 if args.unscale_lr else args.batch_size * args.accumulate * world / 512
+    optimizer = create_optimizer_v2(
+        model, opt=args.opt, lr=args.lr * scale, weight_decay=args.weight_decay, momentum=args.momentum,
+        **({"fused": True} if guarded else {}), **({"eps": args.opt_eps} if "adam" in args.opt else {}), **extra)
+    steps = min(loader.steps, args.max_steps) if args.max_steps else loader.steps
+    scheduler, _ = create_scheduler_v2(
+        optimizer, args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr, cooldown_epochs=args.cooldown_epochs,
+        step_on_epochs=not args.sched_on_updates, updates_per_epoch=max(1, steps // args.accumulate))
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+    net: nn.Module = torch.compile(model) if args.compile else model  # type: ignore[assignment]
+    if world > 1:
+        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+    return Run(
+        args, rank, world, device, data, loader, evidence, make_mixer(args, data, patch_size), model, net, ema,
+        optimizer, scheduler, BinaryCrossEntropy() if args.bce_loss else SoftTargetCrossEntropy(), guarded)
+
+
+def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The timm model, for images of --input-size where it has to know."""
+    kwargs = {"num_classes": num_classes, "drop_rate": args.drop, "drop_path_rate": args.drop_path, **args.model_kwargs}
+    try:
+        model = timm.create_model(args.model, img_size=args.input_size, **kwargs)
+    except TypeError:  # a convolutional network takes images of any size
+        model = timm.create_model(args.model, **kwargs)
+    if args.init_from:
+        timm.models.load_checkpoint(model, args.init_from, strict=False)
+    return model
+
+
+def make_mixer(args: argparse.Namespace, data: Data, patch_size: int) -> TokenMix:
+    """TokenMix as --mixer and DeiT's flags say; it also normalises the uint8 images."""
+    alphas: dict[str, Any] = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix}
+    masks: dict[str, Any] = {"mask_type": args.mask_type, "minimum_tokens": args.minimum_tokens}
+    if args.mixer == "cutmix":
+        alphas = {"mixup_alpha": 0.0, "cutmix_alpha": args.cutmix, "cutmix_minmax": args.cutmix_minmax}
+        masks = {"mask_type": "cutmix", "lam": "beta"}
+    elif args.mixer == "mixup":
+        alphas = {"mixup_alpha": args.mixup, "cutmix_alpha": 0.0}
+    mix = TokenMix(
+        **alphas, **masks, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
+        label_smoothing=args.smoothing, num_classes=len(data.classes), patch_size=patch_size,
+        mean=data.mean, std=data.std, out_dtype=torch.bfloat16 if args.amp else torch.float32)
+    mix.mixup_enabled = args.mixer != "none"
+    return mix
+
+
+def forward(run: Run, batch: Batch, seed: int, timer: StepTimer | None = None, rank: int | None = None) -> Tensor:
+    """The loss of a batch that is on the device, mixed with the masks of (seed, rank)."""
+    maps, boxes = run.evidence(batch)
+    offset = (run.rank if rank is None else rank) * run.args.batch_size
+    images, targets = run.mix(batch.images, batch.labels, maps, boxes, seed=seed, sample_offset=offset)
+    if timer:
+        timer.mark("mixing")
+    with run.autocast():
+        logits = run.net(images)
+    loss: Tensor = run.criterion(logits.float(), targets)
+    if timer:
+        timer.mark("forward")
+    return loss
+
+
+def train_epoch(run: Run, progress: Progress, bar: tqdm, timer: StepTimer) -> None:
+    """Train from step progress.step to the end of the epoch."""
+    args, device = run.args, run.device
+    run.net.train()
+    steps = run.steps_per_epoch()
+    steps -= steps % args.accumulate
+    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
+    bad_update = torch.full((), -1, dtype=torch.int64, device=device)  # first update that was not finite
+    trace: list[dict[str, Any]] = []  # what was done since the losses were last read
+    batches = run.loader.epoch(progress.epoch, first_step=progress.step)
+    timer.start()
+    for step, host_batch in zip(range(progress.step, steps), batches, strict=False):
+        last_of_update = (step + 1) % args.accumulate == 0
+        seed = mixing_seed(args.seed, progress.epoch, step)
+        trace.append({"update": progress.updates, "seed": seed, "epoch": progress.epoch, "step": step,
+                      "positions": host_batch.positions, "ids": host_batch.ids, "rng": checkpoint.rng_state(device)})
+        batch = to_device(host_batch, device, args.channels_last)
+        timer.mark("data")
+        # Gradients are exchanged between processes once per update.
+        together = run.net.no_sync() if run.world > 1 and not last_of_update else nullcontext()
+        with together:
+            loss = forward(run, batch, seed, timer)
+            (loss / args.accumulate).backward()
+        loss_sum += loss.detach()
+        timer.mark("backward")
+        timer.count(len(host_batch.labels))
+        if last_of_update:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            bad_update = torch.where((bad_update < 0) & ~torch.isfinite(norm), progress.updates, bad_update)
+            if args.clip_grad:
+                nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
+            if run.guarded:
+                # Nothing moves any more once an update was bad: the weights stay what they were at that step.
+                run.optimizer.found_inf = (bad_update >= 0).float()  # type: ignore[attr-defined]
+            elif int(bad_update) >= 0:
+                stop_at(run, trace, progress.updates)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            progress.updates += 1
+            if run.ema:
+                run.ema.update(run.model, progress.updates)
+            run.scheduler.step_update(progress.updates)
+        timer.mark("update")
+
+        progress.step = step + 1
+        saving = args.save_every and progress.step % args.save_every == 0 and last_of_update
+        if progress.step % args.log_every == 0 or saving or progress.step == steps:
+            total, first_bad = torch.stack([loss_sum, bad_update.double()]).tolist()
+            if first_bad >= 0:
+                stop_at(run, trace, int(first_bad))
+            trace = [entry for entry in trace if entry["update"] >= progress.updates]
+            progress.loss_sum = total
+            bar.set_postfix(loss=f"{total / progress.step:.4f}", lr=f"{run.optimizer.param_groups[0]['lr']:.1e}")
+        bar.update()
+        if saving and progress.step < steps:
+            save_checkpoint(run, progress)
+            timer.start()
+
+
+def stop_at(run: Run, trace: list[dict[str, Any]], update: int) -> None:
+    """Save what is needed to repeat an update that was not finite, and stop all processes."""
+    steps = checkpoint.gather([entry for entry in trace if entry["update"] == update])
+    first = steps[0][0]
+    path = Path(run.args.output) / f"nonfinite-{first['epoch']}-{first['step']}.pt"
+    if run.rank == 0:
+        checkpoint.save({"args": plain_args(run.args), "model": run.model.state_dict(), "steps": list(steps)}, path)
+    raise NonFiniteLoss(
+        f"loss or gradient not finite in epoch {first['epoch']}, step {first['step']} (mixing seed {first['seed']}).\n"
+        f"Weights, seed and image ids are in {path}; to look into it: python -m train --replay {path}")
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module) -> dict[str, float]:
+    """Top-1, top-5 (where there are more than 5 classes) in percent, and cross entropy, over all processes."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # top-1, top-5, loss, images
+    many = len(run.data.classes) > 5
+    for host_batch in run.loader.validation():
+        images = run.data.normalise(host_batch[0].to(run.device, non_blocking=True))
+        labels = host_batch[1].to(run.device, non_blocking=True)
+        if run.args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with run.autocast():
+            logits = model(images)
+        logits = logits.float()
+        hits = logits.topk(5 if many else 1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(labels), device=run.device)])
+    if run.world > 1:
+        dist.all_reduce(sums)
+    top1, top5, loss, images = sums.tolist()
+    scores = {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
+    return scores if many else {key: value for key, value in scores.items() if key != "top5"}
+
+
+def plain_args(args: argparse.Namespace) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
+
+
+def save_checkpoint(run: Run, progress: Progress) -> None:
+    """last.pt: everything that the rest of the run depends on."""
+    states = checkpoint.gather(checkpoint.rng_state(run.device))
+    if run.rank:
+        return
+    checkpoint.save({
+        "args": plain_args(run.args), "world": run.world, "progress": vars(progress), "rng": list(states),
+        "mixing_seed": run.args.seed, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(), "ema": run.ema.module.state_dict() if run.ema else None,
+    }, Path(run.args.output) / "last.pt")
+
+
+def resume(run: Run, path: Path) -> Progress:
+    """Load a checkpoint into the run, random states included.
+
+    Raises:
+        ValueError: the checkpoint belongs to another run.
+    """
+    state = checkpoint.load(path)
+    now = plain_args(run.args)
+    other = [f"--{key.replace('_', '-')} {state['args'][key]} (now {now[key]})"
+             for key in IDENTITY if state["args"][key] != now[key]]
+    if state["world"] != run.world:
+        other.append(f"{state['world']} process(es) (now {run.world})")
+    if other:
+        raise ValueError(f"{path} was written with {', '.join(other)}; resume with the same")
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    if run.ema:
+        run.ema.module.load_state_dict(state["ema"])
+    checkpoint.set_rng_state(state["rng"][run.rank], run.device)
+    progress = Progress(**state["progress"])
+    say(run, f"resumed {path}: epoch {progress.epoch}, step {progress.step}")
+    return progress
+
+
+def end_epoch(run: Run, progress: Progress, seconds: float, board: Any) -> None:
+    """Evaluate, write the records, and save."""
+    args = run.args
+    record: dict[str, Any] = {
+        "epoch": progress.epoch, "updates": progress.updates, "lr": run.optimizer.param_groups[0]["lr"],
+        "train_loss": progress.loss_sum / max(1, progress.step)}
+    if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == args.epochs:
+        models = {"val": run.model} | ({"ema": run.ema.module} if run.ema else {})
+        for name, model in models.items():
+            record |= {f"{name}_{key}": value for key, value in evaluate(run, model).items()}
+    record["seconds"] = round(seconds, 2)
+    progress.history.append(record)
+    score = max(record.get("val_top1", -1.0), record.get("ema_top1", -1.0))
+    improved, progress.best = score > progress.best, max(score, progress.best)
+    progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
+    run.scheduler.step(progress.epoch)
+    save_checkpoint(run, progress)
+    if run.rank:
+        return
+    write_records(progress.history, Path(args.output))
+    if improved and args.keep_best:
+        checkpoint.save({"args": plain_args(args), "epoch": record["epoch"], "record": record,
+                         "model": run.model.state_dict(), "ema": run.ema.module.state_dict() if run.ema else None},
+                        Path(args.output) / "best.pt")
+    if board:
+        for key, value in record.items():
+            board.add_scalar(key, value, record["epoch"])
+    tqdm.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                         for key, value in record.items()))
+
+
+def train(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A whole run; returns the records of its epochs (the lines of metrics.jsonl).
+
+    Raises:
+        ValueError: arguments that do not fit together.
+        NonFiniteLoss: the loss was not finite; weights are saved as they were, for --replay.
+    """
+    run = build(args)
+    output = Path(args.output)
+    random_seed = mixing_seed(args.seed, -1, run.rank)  # of dropout and drop path: other ones on every rank
+    torch.manual_seed(random_seed)
+    random.seed(random_seed)
+    np.random.seed(random_seed % 2**32)
+    progress = Progress()
+    last = output / "last.pt"
+    if args.resume and (args.resume != "auto" or last.is_file()):
+        progress = resume(run, last if args.resume == "auto" else Path(args.resume))
+    elif last.is_file() and not args.eval:
+        raise ValueError(f"{last} exists: give another --output, or --resume auto to go on with it")
+    if args.eval:
+        for name, model in {"raw": run.model, "ema": run.ema.module if run.ema else None}.items():
+            if model is not None:
+                say(run, f"{name} weights: {evaluate(run, model)}")
+        return progress.history
+
+    board = None
+    if run.rank == 0:
+        checkpoint.write_lines([json.dumps(plain_args(args), indent=1)], output / "args.json")
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # an optional dependency
+
+            board = SummaryWriter(str(output))
+    say(run, describe(run))
+    timer, steps = StepTimer(run.device), run.steps_per_epoch()
+    begin = time.perf_counter()
+    for epoch in range(progress.epoch, args.epochs):
+        start = time.perf_counter()
+        with tqdm(total=steps, initial=progress.step, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step",
+                  disable=run.rank > 0, leave=False, dynamic_ncols=True) as bar:
+            train_epoch(run, progress, bar, timer)
+        end_epoch(run, progress, time.perf_counter() - start, board)
+    if run.rank == 0:
+        if board:
+            board.close()
+        finish(run, progress, timer, time.perf_counter() - begin)
+    if run.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return progress.history
+
+
+def describe(run: Run) -> str:
+    """What is trained on what, in two lines."""
+    args, weights = run.args, sum(parameter.numel() for parameter in run.model.parameters())
+    return (f"{args.model}, {weights / 1e6:.2f} M weights, on {run.data.describe()}\n"
+            f"{args.epochs} epochs of {run.steps_per_epoch()} steps of {args.batch_size} images x {run.world} process(es) "
+            f"on {run.device}; mixer {args.mixer}, targets from {run.evidence.describe()}")
+
+
+def finish(run: Run, progress: Progress, timer: StepTimer, seconds: float) -> None:
+    """Print accuracy, step times and the path of the picture."""
+    record, output = progress.history[-1], Path(run.args.output)
+    print(f"\n{seconds:.0f} s for the epochs of this call. Accuracy on the {len(run.data.val)} validation images:")
+    for name, title in (("val", "raw weights"), ("ema", "averaged weights")):
+        if f"{name}_top1" in record:
+            top5 = f", top-5 {record[f'{name}_top5']:.1f} %" if f"{name}_top5" in record else ""
+            print(f"  {title:<18} top-1 {record[f'{name}_top1']:.1f} %{top5}")
+    print(f"  {'largest class':<18} {100 * run.data.majority():.1f} % (what always guessing it would give)\n")
+    print(timer.table())
+    print(f"\nrecords     {output / 'metrics.jsonl'}, {output / 'summary.csv'}\ncheckpoint  {output / 'last.pt'}")
+    if run.args.picture:
+        from .picture import mix_picture
+
+        print(f"picture     {mix_picture(run, output / 'mix.png')}")
+
+
+def replay(args: argparse.Namespace) -> None:
+    """Repeat the steps of a nonfinite-*.pt file and print where the first value that is not finite appears."""
+    state = checkpoint.load(args.replay)
+    saved = argparse.Namespace(**{**vars(args), **state["args"], "device": args.device, "output": args.output})
+    saved.compile, saved.num_workers = False, 0
+    run = build(saved)
+    run.model.load_state_dict(state["model"])
+    run.net.train()
+    first: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                first.append(name)
+
+        return hook
+
+    for name, module in run.model.named_modules():
+        module.register_forward_hook(watch(name or type(run.model).__name__))
+    for rank, steps in enumerate(state["steps"]):
+        for entry in steps:
+            batch = to_device(run.loader.batch(entry["epoch"], entry["positions"], entry["ids"]), run.device,
+                              saved.channels_last)
+            checkpoint.set_rng_state(entry["rng"], run.device)
+            first.clear()
+            loss = forward(run, batch, entry["seed"], rank=rank)
+            loss.backward()
+            gradients = [name for name, p in run.model.named_parameters()
+                         if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+            weights = [name for name, p in run.model.named_parameters() if not bool(torch.isfinite(p).all())]
+            print(f"epoch {entry['epoch']}, step {entry['step']}, rank {rank}, mixing seed {entry['seed']}\n"
+                  f"  image ids {entry['ids'].tolist()}\n  loss {loss.item()}\n"
+                  f"  first module whose output is not finite: {first[0] if first else 'none'}\n"
+                  f"  weights that are not finite: {', '.join(weights) or 'none'}\n"
+                  f"  gradients that are not finite: {len(gradients)} of {len(list(run.model.parameters()))}")

