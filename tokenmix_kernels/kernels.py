@@ -1,0 +1,876 @@
+"""The mix as Triton kernels: one launch draws the masks, mixes the pixels, pools the maps and writes the targets.
+
+Steps stand in the order of `reference.py`, under the same names. A sample is served by two programs that pool one
+side each and write the targets, and by some that move a few token rows each. Every program draws its sample's mask
+anew, in registers: cheaper than passing it on.
+
+The launchers are plain functions of tensors. They do not ask what device these are on, so the interpreter can run them.
+"""
+
+from functools import lru_cache
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .settings import BLOCK, CUTMIX, MASK_TYPES, MIXUP, MODES, PAIR, BATCH, RANDOM, GIVEN, Settings, plan
+from .tables import BETA_BITS, RATIO_BITS, device_table
+
+__all__ = ["arguments", "launch_shape", "mix", "mix_kernel"]
+
+# Global constants that kernels read.
+K_HEADER = tl.constexpr(0)
+K_RECTANGLE = tl.constexpr(1)
+K_TRIES = tl.constexpr(2)
+K_KEYS = tl.constexpr(3)
+K_COPY = tl.constexpr(0)
+K_MIXUP = tl.constexpr(MIXUP)
+K_BLOCK = tl.constexpr(BLOCK)
+K_RANDOM = tl.constexpr(RANDOM)
+K_CUTMIX = tl.constexpr(CUTMIX)
+K_GIVEN = tl.constexpr(GIVEN)
+K_BATCH = tl.constexpr(BATCH)
+K_PAIR = tl.constexpr(PAIR)
+K_RATIO_MASK = tl.constexpr((1 << RATIO_BITS) - 1)
+K_BETA_BITS = tl.constexpr(BETA_BITS)
+
+
+@triton.constexpr_function
+def power_of_2(exponent):
+    return 1 << exponent
+
+
+@triton.constexpr_function
+def bit_length(number):
+    return number.bit_length()
+
+
+@triton.jit
+def philox(seed_low, seed_high, sample, draws, STREAM: tl.constexpr):
+    """Philox4x32-10: four uint32 words for each of the int32 `draws` of an int64 sample."""
+    c2 = draws.to(tl.uint32, bitcast=True)
+    c0 = (c2 * 0) + (sample & 0xFFFFFFFF).to(tl.uint32)
+    c1 = (c2 * 0) + ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c3 = (c2 * 0) + STREAM
+    return tl.philox_impl(c0, c1, c2, c3, seed_low, seed_high)
+
+
+@triton.jit
+def read_seed(seed, seed_high):
+    """The two 32-bit halves of the key, from two integers or from a pointer to one int64."""
+    if seed_high is None:
+        both = tl.load(seed)
+        low = (both & 0xFFFFFFFF).to(tl.uint32)
+        high = ((both >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    else:
+        low = seed.to(tl.uint32, bitcast=True)
+        high = seed_high.to(tl.uint32, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def partner_of(partner, i, batch):
+    """The partner of sample i: the batch reversed unless given; an index out of range is the sample itself."""
+    if partner is None:
+        j = batch - 1 - i
+    else:
+        j = tl.load(partner + i).to(tl.int64)
+        j = tl.where((j >= 0) & (j < batch), j, i)
+    return j
+
+
+@triton.jit
+def beta(word, table):
+    """lam ~ Beta(alpha, alpha) in units of 2**-16: the quantile table, read between two entries."""
+    entry = (word >> (32 - K_BETA_BITS)).to(tl.int32)
+    between = ((word >> (18 - K_BETA_BITS)) & 0x3FFF).to(tl.int32)
+    low = tl.load(table + entry)
+    return low + (((tl.load(table + entry + 1) - low) * between) >> 14)
+
+
+@triton.jit
+def header(
+    seed_low, seed_high, sample, mixes, switches, lam_constant, tokens_constant, minimum_tokens, mix_table, cut_table,
+    COUNT: tl.constexpr, MASK_TYPE: tl.constexpr, HAS_HEADER: tl.constexpr,
+):  # fmt: skip
+    """Whether and how a sample is mixed: (kind, lam in 2**-16, tokens to mask)."""
+    if HAS_HEADER:
+        w0, w1, w2, _ = philox(seed_low, seed_high, sample, tl.zeros([], tl.int32), K_HEADER)
+        kind = tl.where((w1 >> 8).to(tl.int32) < switches, MASK_TYPE, K_MIXUP)
+        kind = tl.where((w0 >> 8).to(tl.int32) < mixes, kind, K_COPY)
+        lam = lam_constant
+        if cut_table is not None:
+            lam = beta(w2, cut_table)
+        if mix_table is not None:
+            lam = tl.where(kind == K_MIXUP, beta(w2, mix_table), lam)
+        lam = tl.where(kind == K_COPY, 65536, lam)
+    else:
+        kind = tl.zeros([], tl.int32) + MASK_TYPE
+        lam = lam_constant
+    if cut_table is not None:
+        tokens = tl.minimum(COUNT, (((65536 - lam).to(tl.int64) * COUNT) >> 16).to(tl.int32) + minimum_tokens)
+    else:
+        tokens = tokens_constant
+    return kind, lam, tokens
+
+
+@triton.jit
+def popcount(bits):
+    """Bits set in each word; the compiler knows the idiom."""
+    if bits.dtype == tl.uint64:
+        bits = bits - ((bits >> 1) & 0x5555555555555555)
+        bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
+        bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
+        return ((bits * 0x0101010101010101) >> 56).to(tl.int32)
+    else:
+        bits = bits - ((bits >> 1) & 0x55555555)
+        bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+        bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+        return ((bits * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def block_mask(
+    seed_low, seed_high, sample, tokens, ratio_table,
+    GH: tl.constexpr, GW: tl.constexpr, AREA_BITS: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr,
+    WORD: tl.constexpr,
+):  # fmt: skip
+    """Rectangles of random area and aspect ratio until `tokens` are masked: (words [4, WORDS], tokens masked).
+
+    A word holds WORD_ROWS grid rows, bit r * GW + c of its rows. Four tries are looked at side by side (first axis),
+    all against the tokens that are still to be masked; the first that fits is taken. Ten in a row that do not fit end
+    it. One Philox call serves 2 * WORDS windows of four tries.
+    """
+    j = tl.arange(0, 4)[:, None]
+    word = tl.arange(0, WORDS)[None, :]
+    first_row = word * WORD_ROWS + j * 0  # [4, WORDS]
+    mask = (word + j).to(WORD) * 0
+    none = word * 0 + j * 0
+    covered = tl.zeros([], tl.int32)
+    failed = tl.zeros([], tl.int32)
+    draws = word * 4 + j
+    HALF: tl.constexpr = power_of_2(13 + AREA_BITS // 2)
+    SMALLEST: tl.constexpr = power_of_2(AREA_BITS)
+    SHIFT: tl.constexpr = 14 + AREA_BITS // 2
+    while (covered < tokens) & (failed < 3):
+        size_a, place_a, size_b, place_b = philox(seed_low, seed_high, sample, draws, K_TRIES)
+        factors_a = tl.load(ratio_table + (size_a & K_RATIO_MASK).to(tl.int32))
+        factors_b = tl.load(ratio_table + (size_b & K_RATIO_MASK).to(tl.int32))
+        area_a = (size_a >> (32 - AREA_BITS)).to(tl.int32)
+        area_b = (size_b >> (32 - AREA_BITS)).to(tl.int32)
+        window = tl.zeros([], tl.int32)
+        while (window < 2 * WORDS) & (covered < tokens) & (failed < 3):
+            remaining = tokens - covered
+            tries = tl.where(failed < 2, 4, 2)
+            second = (window & 1) == 1
+            lane = none + (window >> 1)
+            area = tl.gather(tl.where(second, area_b, area_a), lane, 1)
+            factors = tl.gather(tl.where(second, factors_b, factors_a), lane, 1)
+            place = tl.gather(tl.where(second, place_b, place_a), lane, 1)
+            area = SMALLEST + (remaining - 1) * area
+            side = tl.sqrt_rn(area.to(tl.float32)).to(tl.int32)
+            h = (side * (factors & 0xFFFF) + HALF) >> SHIFT
+            w = (side * (factors >> 16) + HALF) >> SHIFT
+            top = tl.umulhi(place, (GH + 1 - h).to(tl.uint32)).to(tl.int32)
+            left = tl.umulhi(place << 16, (GW + 1 - w).to(tl.uint32)).to(tl.int32)
+            columns = ((none.to(WORD) + 1) << w.to(WORD)) - 1
+            columns = columns << left.to(WORD)
+            bits = none.to(WORD)
+            for r in tl.static_range(WORD_ROWS):
+                inside = (first_row + (r - top)).to(tl.uint32, bitcast=True) < h.to(tl.uint32)
+                bits = bits | tl.where(inside, columns << (r * GW), 0)
+            new = tl.sum(popcount((bits | mask) ^ mask), 1)[:, None]  # [4, 1]
+            fits = (h < GH) & (w < GW) & (new > 0) & (new <= remaining) & (j < tries)
+            key = tl.min(tl.ravel(tl.where(fits, (j << 16) | new, 0x7FFFFFFF)), 0)
+            taken = key != 0x7FFFFFFF
+            winner = none + ((key >> 16) & 3)
+            mask = mask | tl.where(taken, tl.gather(bits, winner, 0), 0)
+            covered += tl.where(taken, key & 0xFFFF, 0)
+            failed = tl.where(taken, 0, failed + 1)
+            window += 1
+        draws += 4 * WORDS
+    return mask, covered
+
+
+@triton.jit
+def pack(chosen, bit, WORD: tl.constexpr, WORDS: tl.constexpr):
+    """Chosen tokens [WORDS, BITS] as words [4, WORDS], and their number."""
+    words = tl.sum(chosen.to(WORD) << bit.to(WORD), 1)  # [WORDS]
+    return words[None, :] + tl.zeros([4, WORDS], WORD), tl.sum(tl.sum(chosen.to(tl.int32), 1), 0)
+
+
+@triton.jit
+def random_mask(
+    seed_low, seed_high, sample, tokens,
+    COUNT: tl.constexpr, KEY_BITS: tl.constexpr, WORD_TOKENS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr,
+    WORD: tl.constexpr,
+):  # fmt: skip
+    """The `tokens` tokens with the smallest keys: (words [4, WORDS], tokens masked).
+
+    Keys are 32-bit random numbers whose low bits are the token's index, so no two are equal. The largest key that is
+    taken is found bit by bit.
+    """
+    bit = tl.arange(0, BITS)[None, :]
+    token = tl.arange(0, WORDS)[:, None] * WORD_TOKENS + bit  # [WORDS, BITS]
+    real = (bit < WORD_TOKENS) & (token < COUNT)
+    w0, w1, w2, w3 = philox(seed_low, seed_high, sample, token >> 2, K_KEYS)
+    word = token & 3
+    key = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    key = ((key >> KEY_BITS) << KEY_BITS) | token.to(tl.uint32)
+    bound = tl.zeros([], tl.uint32)
+    probe = tl.full([], 0x80000000, tl.uint32)
+    for _ in range(32):
+        higher = bound | probe
+        below = tl.sum(tl.sum((real & (key < higher)).to(tl.int32), 1), 0)
+        bound = tl.where(below < tokens, higher, bound)
+        probe = probe >> 1
+    return pack(real & (key <= bound) & (tokens > 0), bit, WORD, WORDS)
+
+
+@triton.jit
+def given_mask(
+    mask,
+    COUNT: tl.constexpr, WORD_TOKENS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr,
+):  # fmt: skip
+    """A mask from memory: (words [4, WORDS], tokens masked)."""
+    bit = tl.arange(0, BITS)[None, :]
+    token = tl.arange(0, WORDS)[:, None] * WORD_TOKENS + bit
+    real = (bit < WORD_TOKENS) & (token < COUNT)
+    return pack(tl.load(mask + token, real, 0) != 0, bit, WORD, WORDS)
+
+
+@triton.jit
+def cut_length(lam, SIZE: tl.constexpr):
+    """The integer part of SIZE * sqrt(1 - lam), exactly: a float guess, mended by whole numbers."""
+    wanted = (65536 - lam).to(tl.int64) * (SIZE * SIZE)
+    guess = (tl.sqrt_rn((65536 - lam).to(tl.float32)) * (SIZE / 256.0)).to(tl.int64)
+    guess += ((guess + 1) * (guess + 1) * 65536 <= wanted).to(tl.int64)
+    guess -= (guess * guess * 65536 > wanted).to(tl.int64)
+    return guess.to(tl.int32)
+
+
+@triton.jit
+def cutmix_rectangle(
+    seed_low, seed_high, sample, lam, cut_low_h, cut_span_h, cut_low_w, cut_span_w,
+    H: tl.constexpr, W: tl.constexpr, HAS_MINMAX: tl.constexpr,
+):  # fmt: skip
+    """(top, bottom, left, right) in pixels, as timm's rand_bbox and rand_bbox_minmax place it."""
+    w0, w1, w2, w3 = philox(seed_low, seed_high, sample, tl.zeros([], tl.int32), K_RECTANGLE)
+    if HAS_MINMAX:
+        cut_h = cut_low_h + tl.umulhi(w0, cut_span_h.to(tl.uint32)).to(tl.int32)
+        cut_w = cut_low_w + tl.umulhi(w1, cut_span_w.to(tl.uint32)).to(tl.int32)
+        top = tl.umulhi(w2, (H + 1 - cut_h).to(tl.uint32)).to(tl.int32)
+        left = tl.umulhi(w3, (W + 1 - cut_w).to(tl.uint32)).to(tl.int32)
+        bottom, right = top + cut_h, left + cut_w
+    else:
+        cut_h, cut_w = cut_length(lam, H), cut_length(lam, W)
+        center_y = tl.umulhi(w0, tl.full([], H, tl.uint32)).to(tl.int32)
+        center_x = tl.umulhi(w1, tl.full([], W, tl.uint32)).to(tl.int32)
+        top, bottom = tl.maximum(center_y - cut_h // 2, 0), tl.minimum(center_y + (cut_h + 1) // 2, H)
+        left, right = tl.maximum(center_x - cut_w // 2, 0), tl.minimum(center_x + (cut_w + 1) // 2, W)
+    return top, bottom, left, right
+
+
+@triton.jit
+def draw(
+    seed, seed_high, sample_offset, i, j, mask, mixes, switches, lam_constant, tokens_constant, minimum_tokens,
+    cut_low_h, cut_span_h, cut_low_w, cut_span_w, ratio_table, mix_table, cut_table,
+    H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, MODE: tl.constexpr, MASK_TYPE: tl.constexpr,
+    HAS_HEADER: tl.constexpr, HAS_MINMAX: tl.constexpr, AREA_BITS: tl.constexpr, WORD_ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    """What sample i gets: kind, lam, mask words [4, WORDS], tokens masked, and a rectangle."""
+    GH: tl.constexpr = H // P
+    GW: tl.constexpr = W // P
+    COUNT: tl.constexpr = GH * GW
+    WORD: tl.constexpr = tl.uint32 if GW <= 32 else tl.uint64
+    seed_low, seed_high = read_seed(seed, seed_high)
+    sample = sample_offset.to(tl.int64)
+    if MODE == K_PAIR:
+        sample += tl.minimum(i, j)
+    elif MODE != K_BATCH:
+        sample += i
+    kind, lam, tokens = header(
+        seed_low, seed_high, sample, mixes, switches, lam_constant, tokens_constant, minimum_tokens, mix_table, cut_table,
+        COUNT, MASK_TYPE, HAS_HEADER,
+    )  # fmt: skip
+    tokens = tl.where(kind == MASK_TYPE, tokens, 0)
+    top = tl.zeros([], tl.int32)
+    bottom, left, right, covered = top, top, top, top
+    words = tl.zeros([4, WORDS], WORD)
+    if MASK_TYPE == K_BLOCK:
+        words, covered = block_mask(
+            seed_low, seed_high, sample, tokens, ratio_table, GH, GW, AREA_BITS, WORD_ROWS, WORDS, WORD
+        )
+    elif MASK_TYPE == K_CUTMIX:
+        if kind == K_CUTMIX:
+            top, bottom, left, right = cutmix_rectangle(
+                seed_low, seed_high, sample, lam, cut_low_h, cut_span_h, cut_low_w, cut_span_w, H, W, HAS_MINMAX
+            )
+    else:
+        WORD_TOKENS: tl.constexpr = WORD_ROWS * GW
+        BITS: tl.constexpr = triton.next_power_of_2(WORD_TOKENS)
+        if kind == MASK_TYPE:
+            if MASK_TYPE == K_RANDOM:
+                KEY_BITS: tl.constexpr = bit_length(COUNT - 1)
+                words, covered = random_mask(
+                    seed_low, seed_high, sample, tokens, COUNT, KEY_BITS, WORD_TOKENS, WORDS, BITS, WORD
+                )
+            else:
+                words, covered = given_mask(mask + i * COUNT, COUNT, WORD_TOKENS, WORDS, BITS, WORD)
+    return kind, lam, words, covered, top, bottom, left, right
+
+
+@triton.jit
+def row_bits(words, row, WORD_ROWS: tl.constexpr, GW: tl.constexpr, WORDS: tl.constexpr):
+    """The tokens of one grid row, as bits of a scalar word."""
+    word = tl.arange(0, WORDS)[None, :]
+    first = tl.arange(0, 4)[:, None] == 0
+    mine = tl.where(first & (word == row // WORD_ROWS), words, 0)
+    return tl.xor_sum(tl.ravel(mine), 0) >> ((row % WORD_ROWS) * GW).to(words.dtype)
+
+
+@triton.jit
+def blend(own, other, lam):
+    """lam * own + (1 - lam) * other in fp32, each step rounded once; raw bytes are blended in integers, exactly."""
+    if own.dtype == tl.uint8:
+        mixed = (lam * own.to(tl.int32) + (65536 - lam) * other.to(tl.int32)).to(tl.float32) * 0.0000152587890625
+    else:
+        share = lam.to(tl.float32) * 0.0000152587890625
+        mixed = share * own.to(tl.float32) + (1 - share) * other.to(tl.float32)
+    return mixed
+
+
+@triton.jit
+def finish(pixels, mean, rstd, DTYPE: tl.constexpr):
+    """Normalise (where mean is given) and round to the dtype that is stored."""
+    if mean is not None:
+        pixels = (pixels.to(tl.float32) - mean) * rstd
+    elif DTYPE == tl.uint8 and pixels.dtype != tl.uint8:
+        pixels = tl.floor(pixels + 0.5)
+    return pixels.to(DTYPE)
+
+
+@triton.jit
+def inside_rectangle(
+    column, y, top, bottom, left, right, VEC: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """Which pixels of a tile lie in a rectangle, and whether any or all of each VEC neighbours do, as [LINES, COLS]."""
+    rows = (y >= top) & (y < bottom)
+    chunk = (column // VEC) * VEC
+    first, last = chunk // CHANNELS, (chunk + VEC - 1) // CHANNELS
+    x = column // CHANNELS
+    exact = (x >= left) & (x < right)
+    some = (last >= left) & (first < right)
+    whole = (first >= left) & (last < right)
+    return rows & exact, rows & some, rows & whole
+
+
+@triton.jit
+def mix_pixels(
+    images, out, i, j, row, kind, lam, bits, top, bottom, left, right, kind_j, lam_j, bits_j, top_j, bottom_j, left_j,
+    right_j, images_stride, out_stride, mean, rstd,
+    C: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    OC: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, COLS: tl.constexpr,
+    LINES: tl.constexpr, MASK_TYPE: tl.constexpr, HAS_MIXUP: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    """One row of tokens: out[i] from images[i] and images[j]; in place the pair's other half too (names with _j).
+
+    A tile is LINES lines of pixels by COLS neighbours in memory. The token bit and with it the source of each VEC
+    neighbours are found once for all channels and lines, so that what is left is one load and one store.
+    """
+    CHANNELS: tl.constexpr = C if NHWC else 1
+    PLANES: tl.constexpr = 1 if NHWC else C
+    WIDTH: tl.constexpr = W * CHANNELS
+    STEP: tl.constexpr = 1 if NHWC else SW
+    OUT_STEP: tl.constexpr = 1 if NHWC else OW
+    line = tl.arange(0, LINES)[:, None]
+    y = row * P + line
+    own_row = i * images_stride + row.to(tl.int64) * (P * SH)
+    other_row = j * images_stride + row.to(tl.int64) * (P * SH)
+    out_row = i * out_stride + row.to(tl.int64) * (P * OH)
+    for block in tl.static_range((WIDTH + COLS - 1) // COLS):
+        column = block * COLS + tl.arange(0, COLS)  # [COLS]
+        bit = ((bits >> (column // (P * CHANNELS)).to(bits.dtype)) & 1) != 0
+        valid = ((column < WIDTH) if WIDTH % COLS != 0 else (column >= 0))[None, :]
+        if LINES != P:
+            valid = valid & (line < P)
+        if MASK_TYPE == K_CUTMIX:
+            exact, some, whole = inside_rectangle(
+                column[None, :], y, top, bottom, left, right, VEC, CHANNELS
+            )
+        else:
+            exact = bit[None, :]
+            some, whole = exact, exact
+        if IN_PLACE:
+            bit_j = ((bits_j >> (column // (P * CHANNELS)).to(bits_j.dtype)) & 1) != 0
+            if MASK_TYPE == K_CUTMIX:
+                exact_j, some_j, whole_j = inside_rectangle(
+                    column[None, :], y, top_j, bottom_j, left_j, right_j, VEC, CHANNELS
+                )
+            else:
+                exact_j = bit_j[None, :]
+                some_j, whole_j = exact_j, exact_j
+            blends, blends_j = kind == K_MIXUP, kind_j == K_MIXUP
+            changed, changed_j = valid & (some | blends), valid & (some_j | blends_j)
+            wants_own = changed_j | (changed & (blends | ~whole))
+            wants_other = changed | (changed_j & (blends_j | ~whole_j))
+        own_at = tl.max_contiguous(tl.multiple_of(own_row + column * STEP, VEC), VEC)
+        other_at = tl.max_contiguous(tl.multiple_of(other_row + column * STEP, VEC), VEC)
+        out_at = tl.max_contiguous(tl.multiple_of(out_row + column * OUT_STEP, VEC), VEC)
+        from_at = tl.max_contiguous(tl.multiple_of(tl.where(bit, other_row, own_row) + column * STEP, VEC), VEC)
+        for plane in tl.static_range(PLANES):
+            at = (plane * SC + line * SH)  # [LINES, 1]
+            place = out + out_at[None, :] + (plane * OC + line * OH)
+            if mean is None:
+                offset, scale = None, None
+            elif NHWC:
+                offset, scale = tl.load(mean + column % C)[None, :], tl.load(rstd + column % C)[None, :]
+            else:
+                offset, scale = tl.load(mean + plane), tl.load(rstd + plane)
+            if IN_PLACE:
+                own_place, other_place = images + own_at[None, :] + at, images + other_at[None, :] + at
+                own = tl.load(own_place, wants_own, 0)
+                other = tl.load(other_place, wants_other, 0)
+                value = tl.where(exact, other, own)
+                value_j = tl.where(exact_j, own, other)
+                if HAS_MIXUP:
+                    value = tl.where(blends, finish(blend(own, other, lam), None, None, own.dtype), value)
+                    value_j = tl.where(blends_j, finish(blend(other, own, lam_j), None, None, own.dtype), value_j)
+                tl.store(own_place, value, changed)
+                tl.store(other_place, value_j, changed_j)
+            elif MASK_TYPE == K_CUTMIX or HAS_MIXUP:
+                if MASK_TYPE != K_CUTMIX and kind != K_MIXUP:
+                    taken = tl.load(images + from_at[None, :] + at, valid, 0)
+                    tl.store(place, finish(taken, offset, scale, out.dtype.element_ty), valid)
+                else:
+                    blends = kind == K_MIXUP
+                    own = tl.load(images + own_at[None, :] + at, valid & (blends | ~whole), 0)
+                    other = tl.load(images + other_at[None, :] + at, valid & (blends | some), 0)
+                    value = finish(tl.where(exact, other, own), offset, scale, out.dtype.element_ty)
+                    if HAS_MIXUP:
+                        value = tl.where(
+                            blends, finish(blend(own, other, lam), offset, scale, out.dtype.element_ty), value
+                        )
+                    tl.store(place, value, valid)
+            else:
+                taken = tl.load(images + from_at[None, :] + at, valid, 0)
+                tl.store(place, finish(taken, offset, scale, out.dtype.element_ty), valid)
+
+
+@triton.jit
+def taken_share(
+    words, top, bottom, left, right,
+    GH: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr,
+    TOKENS: tl.constexpr, MASK_TYPE: tl.constexpr,
+):  # fmt: skip
+    """The share of each token that comes from the partner, [TOKENS] fp32; zero beyond the grid."""
+    token = tl.arange(0, TOKENS)
+    if MASK_TYPE == K_CUTMIX:
+        y, x = (token // GW) * P, (token % GW) * P
+        rows = tl.maximum(tl.minimum(y + P, bottom) - tl.maximum(y, top), 0)
+        columns = tl.maximum(tl.minimum(x + P, right) - tl.maximum(x, left), 0)
+        share = (rows * columns).to(tl.float32) * (1.0 / (P * P))
+    else:
+        line = tl.max(words, 0)  # [WORDS], the same in all four rows
+        mine = tl.gather(line, tl.minimum(token // (WORD_ROWS * GW), WORDS - 1), 0)
+        share = ((mine >> (token % (WORD_ROWS * GW)).to(words.dtype)) & 1).to(tl.float32)
+    return tl.where(token < GH * GW, share, 0.0)
+
+
+@triton.jit
+def own_map(
+    maps, indices, n, label, maps_stride, indices_stride,
+    CLASSES: tl.constexpr, CELLS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """The activation map of an image's own label, flat [CELLS] fp32; zeros where the label is absent.
+
+    CLASSES is 0 for maps of the own label; with `indices` it is the k of the top-k.
+    """
+    cell = tl.arange(0, CELLS)
+    real = cell < SIZE
+    base = maps + n * maps_stride
+    if CLASSES == 0:
+        values = tl.load(base + cell, real, 0).to(tl.float32)
+    elif indices is None:
+        known = (label >= 0) & (label < CLASSES)
+        values = tl.load(base + tl.where(known, label, 0).to(tl.int64) * SIZE + cell, real & known, 0).to(tl.float32)
+    else:
+        values = tl.zeros([CELLS], tl.float32)
+        for k in tl.static_range(CLASSES):
+            index = tl.load(indices + n * indices_stride + k * SIZE + cell, real, -1).to(tl.int64)
+            found = real & (index == label)
+            values += tl.load(base + k * SIZE + cell, found, 0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def corners(boxes, n, boxes_stride, BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr):
+    """(x0, y0, x1, y1) of an image's box; BOX_FORMAT 0 is xyxy, 1 (top, left, height, width), 2 that with axes swapped."""
+    at = boxes + n * boxes_stride
+    a, b = tl.load(at), tl.load(at + BOX_STEP)
+    c, d = tl.load(at + 2 * BOX_STEP), tl.load(at + 3 * BOX_STEP)
+    if BOX_FORMAT == 0:
+        x0, y0, x1, y1 = a, b, c, d
+    elif BOX_FORMAT == 1:
+        x0, y0, x1, y1 = b, a, b + d, a + c
+    else:
+        x0, y0, x1, y1 = a, b, a + c, b + d
+    return x0, y0, x1, y1
+
+
+@triton.jit
+def resample(flat, low, high, outer, cell, OUTER_STEP: tl.constexpr, STEP: tl.constexpr, SIZE: tl.constexpr, GRID: tl.constexpr):  # fmt: skip
+    """A map's axis averaged over the grid's cells by the rule of `roi_align`: one value for each of (outer, cell).
+
+    torchvision's rule with aligned=False and an adaptive sampling ratio: box * size - 0.5, at least one map cell long,
+    ceil(extent / grid) samples in each cell. Values lie at outer * OUTER_STEP + position * STEP of `flat`.
+    """
+    extent = tl.maximum((high - low) * SIZE, 1.0)
+    first = low * SIZE - 0.5
+    length = tl.div_rn(extent, tl.full([], GRID, tl.float32))
+    samples = tl.ceil(length)
+    total = cell.to(tl.float32) * 0.0
+    s = tl.zeros([], tl.float32)
+    while s < samples:
+        at = first + (cell.to(tl.float32) + tl.div_rn(s + 0.5, samples)) * length
+        used = (at >= -1.0) & (at <= SIZE)
+        at = tl.minimum(tl.maximum(at, 0.0), SIZE - 1.0)
+        lower = at.to(tl.int32)
+        upper = tl.minimum(lower + 1, SIZE - 1)
+        share = at - lower.to(tl.float32)
+        near = tl.gather(flat, outer * OUTER_STEP + lower * STEP, 0)
+        far = tl.gather(flat, outer * OUTER_STEP + upper * STEP, 0)
+        total += tl.where(used, (1.0 - share) * near + share * far, 0.0)
+        s += 1.0
+    return total * tl.div_rn(1.0, samples)
+
+
+@triton.jit
+def pool(
+    maps, indices, boxes, n, label, share, maps_stride, indices_stride, boxes_stride,
+    GH: tl.constexpr, GW: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr,
+    BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """The share of its evidence that an image keeps where `share` [TOKENS] of each token is its own.
+
+    Without evidence (its sum is not a positive number) it is the share of the area.
+    """
+    CELLS: tl.constexpr = triton.next_power_of_2(MH * MW)
+    STRIPES: tl.constexpr = triton.next_power_of_2(MH * GW)
+    token = tl.arange(0, TOKENS)
+    kept = tl.sum(share, 0) * (1.0 / (GH * GW))
+    if maps is not None:
+        flat = own_map(maps, indices, n, label, maps_stride, indices_stride, CLASSES, CELLS, MH * MW)
+        if boxes is None:
+            x0 = tl.zeros([], tl.float32)
+            y0, x1 = x0, x0 + 1.0
+            y1 = x1
+        else:
+            x0, y0, x1, y1 = corners(boxes, n, boxes_stride, BOX_STEP, BOX_FORMAT)
+        stripe = tl.arange(0, STRIPES)
+        row = tl.minimum(stripe // GW, MH - 1)
+        stripes = resample(flat, x0, x1, row, stripe % GW, MW, 1, MW, GW)  # [MH * GW]
+        real = token < GH * GW
+        line = tl.minimum(token // GW, GH - 1)
+        pooled = resample(stripes, y0, y1, token % GW, line, 1, GW, MH, GH)  # [GH * GW]
+        pooled = tl.where(real, pooled, 0.0)
+        total = tl.sum(pooled, 0)
+        evidence = tl.sum(pooled * share, 0)
+        kept = tl.where((total > 0) & (total < float("inf")), tl.div_rn(evidence, total + 1e-8), kept)
+    return kept
+
+
+@triton.jit
+def write_targets(
+    labels, maps, indices, boxes, targets, weights, mask_out, i, j, side, kind, lam, words, top, bottom, left, right,
+    labels_stride, maps_stride, indices_stride, boxes_stride, smoothing,
+    GH: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr,
+    BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr, K: tl.constexpr,
+    MASK_TYPE: tl.constexpr, LAM_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Pool one side of a pair (side 0: the own image, 1: the partner) and write its part of the target row.
+
+    Side 0 writes the row but for the partner's class, side 1 that class. Where both have one label, side 0 does both.
+    """
+    TOKENS: tl.constexpr = triton.next_power_of_2(GH * GW)
+    taken = taken_share(words, top, bottom, left, right, GH, GW, P, WORD_ROWS, WORDS, TOKENS, MASK_TYPE)
+    token = tl.arange(0, TOKENS)
+    real = token < GH * GW
+    if mask_out is not None:
+        tl.store(mask_out + i * (GH * GW) + token, (taken > 0.5).to(tl.int8), real & (side == 1))
+    label_i = tl.load(labels + i * labels_stride).to(tl.int64)
+    label_j = tl.load(labels + j * labels_stride).to(tl.int64)
+    same = label_i == label_j
+    n = side
+    last = tl.where(same, 2 - 2 * side, side + 1)
+    raised = tl.zeros([], tl.float32)
+    while n < last:
+        own = n == 0
+        share = tl.where(real, tl.where(own, 1.0 - taken, taken), 0.0)
+        weight = pool(
+            maps, indices, boxes, tl.where(own, i, j), tl.where(own, label_i, label_j), share,
+            maps_stride, indices_stride, boxes_stride, GH, GW, MH, MW, CLASSES, BOX_STEP, BOX_FORMAT, TOKENS,
+        )  # fmt: skip
+        lam_weight = tl.where(own, lam, 65536 - lam).to(tl.float32) * 0.0000152587890625
+        by_lam = (kind == K_COPY) | (kind == K_MIXUP)
+        if LAM_WEIGHTS:
+            by_lam = by_lam | (kind == K_CUTMIX)
+        weight = tl.where(by_lam, lam_weight, weight)
+        if weights is not None:
+            tl.store(weights + i * 2 + n, weight)
+        tokens = (kind == K_BLOCK) | (kind == K_RANDOM) | (kind == K_GIVEN)
+        raised += tl.where(tokens, weight - smoothing * 0.5, weight * (1.0 - smoothing))
+        n += 1
+    if targets is not None:
+        rest = tl.div_rn(smoothing, tl.full([], K, tl.float32))
+        WIDE: tl.constexpr = min(1024, triton.next_power_of_2(K))
+        row = targets + i * K
+        if side == 0:
+            for start in range(0, K, WIDE):
+                column = start + tl.arange(0, WIDE)
+                value = tl.where(column == label_i, rest + raised, rest)
+                tl.store(row + column, value, (column < K) & (same | (column != label_j)))
+        elif (label_j >= 0) & (label_j < K) & ~same:
+            tl.store(row + label_j, rest + raised)
+
+
+@triton.jit(do_not_specialize=["seed_high", "sample_offset", "tokens_constant", "batch"])
+def mix_kernel(
+    images, out, labels, partner, maps, indices, boxes, mask, targets, weights, mask_out, mean, rstd, ratio_table,
+    mix_table, cut_table, seed, seed_high, sample_offset, batch, images_stride, out_stride, labels_stride, maps_stride,
+    indices_stride, boxes_stride, mixes, switches, lam_constant, tokens_constant, minimum_tokens, cut_low_h, cut_span_h,
+    cut_low_w, cut_span_w, smoothing,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SH: tl.constexpr,
+    SW: tl.constexpr, OC: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
+    COLS: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, MODE: tl.constexpr,
+    MASK_TYPE: tl.constexpr, HAS_HEADER: tl.constexpr, HAS_MIXUP: tl.constexpr, HAS_MINMAX: tl.constexpr,
+    LAM_WEIGHTS: tl.constexpr, AREA_BITS: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr, K: tl.constexpr,
+    MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr, BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    """PROGRAMS programs for each sample: two for the targets, then one for each ROWS token rows.
+
+    images, out: pixels; the batch strides are arguments, the others constants. In place the program of the pair's
+    first half moves both halves, and `partner` must be its own inverse (a sample for which it is not is left alone).
+    mask: uint8 [B, GH, GW] where it is given. targets [B, K], weights [B, 2], mask_out [B, GH, GW]: where wanted.
+    seed and seed_high: the low and high half of the seed, or a pointer to it and None.
+    """
+    GH: tl.constexpr = H // P
+    GW: tl.constexpr = W // P
+    program = tl.program_id(0) % PROGRAMS
+    i = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    j = partner_of(partner, i, batch)
+    if IN_PLACE:
+        j = tl.where(partner_of(partner, j, batch) == i, j, i)
+    if (program < 2) | (not IN_PLACE) | (i < j):
+        kind, lam, words, _, top, bottom, left, right = draw(
+            seed, seed_high, sample_offset, i, j, mask, mixes, switches, lam_constant, tokens_constant, minimum_tokens,
+            cut_low_h, cut_span_h, cut_low_w, cut_span_w, ratio_table, mix_table, cut_table,
+            H, W, P, MODE, MASK_TYPE, HAS_HEADER, HAS_MINMAX, AREA_BITS, WORD_ROWS, WORDS,
+        )  # fmt: skip
+        if program < 2:
+            write_targets(
+                labels, maps, indices, boxes, targets, weights, mask_out, i, j, program, kind, lam, words, top, bottom,
+                left, right, labels_stride, maps_stride, indices_stride, boxes_stride, smoothing,
+                GH, GW, P, MH, MW, CLASSES, BOX_STEP, BOX_FORMAT, WORD_ROWS, WORDS, K, MASK_TYPE, LAM_WEIGHTS,
+            )  # fmt: skip
+        elif images is not None:
+            kind_j, lam_j, words_j = kind, lam, words
+            top_j, bottom_j, left_j, right_j = top, bottom, left, right
+            if IN_PLACE and (MASK_TYPE == K_GIVEN or (MODE != K_BATCH and MODE != K_PAIR)):
+                kind_j, lam_j, words_j, _, top_j, bottom_j, left_j, right_j = draw(
+                    seed, seed_high, sample_offset, j, i, mask, mixes, switches, lam_constant, tokens_constant,
+                    minimum_tokens, cut_low_h, cut_span_h, cut_low_w, cut_span_w, ratio_table, mix_table, cut_table,
+                    H, W, P, MODE, MASK_TYPE, HAS_HEADER, HAS_MINMAX, AREA_BITS, WORD_ROWS, WORDS,
+                )  # fmt: skip
+            row = (program - 2) * ROWS
+            last = tl.minimum(row + ROWS, GH)
+            while row < last:
+                bits = row_bits(words, row, WORD_ROWS, GW, WORDS)
+                bits_j = row_bits(words_j, row, WORD_ROWS, GW, WORDS) if IN_PLACE else bits
+                mix_pixels(
+                    images, out, i, j, row, kind, lam, bits, top, bottom, left, right, kind_j, lam_j, bits_j, top_j,
+                    bottom_j, left_j, right_j, images_stride, out_stride, mean, rstd,
+                    C, W, P, SC, SH, SW, OC, OH, OW, NHWC, VEC, COLS, LINES, MASK_TYPE, HAS_MIXUP, IN_PLACE,
+                )  # fmt: skip
+                row += 1
+
+
+class Shape(NamedTuple):
+    """How a launch is cut up. See `launch_shape`."""
+
+    VEC: int
+    COLS: int
+    LINES: int
+    ROWS: int
+    PROGRAMS: int
+    WORD_ROWS: int
+    WORDS: int
+    num_warps: int
+
+
+@lru_cache(maxsize=256)
+def launch_shape(
+    channels: int, height: int, width: int, patch: int, nhwc: bool, in_bytes: int, out_bytes: int, alignment: int
+) -> Shape:
+    """Blocks and warps of a launch, from the shape and dtype alone.
+
+    Args:
+        channels, height, width, patch: of the images.
+        nhwc: whether channels lie next to each other in memory.
+        in_bytes, out_bytes: size of one value.
+        alignment: a divisor of all strides but the innermost, in values.
+
+    Returns:
+        VEC: neighbours in memory that a thread moves at once: 16 bytes of the wider dtype, less where tokens are
+            narrower. COLS by LINES: the tile. ROWS: token rows of a program. PROGRAMS: programs of a sample, two of
+            them for the targets. WORD_ROWS grid rows go into one word of the mask, which has WORDS words.
+    """
+    grid_h, grid_w = height // patch, width // patch
+    span = patch * (channels if nhwc else 1)
+    vec = gcd(16 // max(in_bytes, out_bytes), span, alignment)
+    line = width * (channels if nhwc else 1)
+    word_rows = max(1, 32 // grid_w) if grid_w <= 32 else 1
+    word_rows = min(word_rows, -(-grid_h // 8))
+    words = triton.next_power_of_2(-(-grid_h // word_rows))
+    row_bytes = span * patch * grid_w * (1 if nhwc else channels) * max(in_bytes, out_bytes)
+    pieces = -(-grid_h * row_bytes // 160_000)
+    rows = -(-grid_h // pieces)
+    return Shape(
+        VEC=vec,
+        COLS=min(32 * vec, triton.next_power_of_2(line)),
+        LINES=triton.next_power_of_2(patch),
+        ROWS=rows,
+        PROGRAMS=2 + -(-grid_h // rows),
+        WORD_ROWS=word_rows,
+        WORDS=max(8, words),
+        num_warps=4,
+    )
+
+
+@lru_cache(maxsize=256)
+def constants(
+    shape: tuple[int, ...], strides: tuple[int, ...], out_strides: tuple[int, ...], in_bytes: int, out_bytes: int,
+    map_shape: tuple[int, ...], topk: bool, box_step: int, in_place: bool, settings: Settings,
+) -> dict[str, Any]:  # fmt: skip
+    """The compile-time arguments of `mix_kernel`."""
+    _, channels, height, width = shape
+    sb, sc, sh, sw = strides
+    ob, oc, oh, ow = out_strides
+    nhwc = sc == 1 and sw == channels and oc == 1 and ow == channels and channels > 1
+    planned = plan(settings, height, width)
+    inner = (sb, sh, ob, oh) if nhwc else (sb, sc, sh, ob, oc, oh)
+    if not nhwc and (sw != 1 or ow != 1):
+        inner = (1,)
+    cut = launch_shape(channels, height, width, settings.patch_size, nhwc, in_bytes, out_bytes, gcd(*inner))
+    mask_type = MASK_TYPES[settings.mask_type]
+    drawn_lam = planned.lam < 0
+    return {
+        **cut._asdict(),
+        "C": channels, "H": height, "W": width, "P": settings.patch_size,
+        "SC": sc, "SH": sh, "SW": sw, "OC": oc, "OH": oh, "OW": ow, "NHWC": nhwc,
+        "MODE": MODES[settings.mode],
+        "MASK_TYPE": mask_type,
+        "HAS_HEADER": planned.mixes < 1 << 24 or planned.switches < 1 << 24 or drawn_lam,
+        "HAS_MIXUP": planned.switches < 1 << 24,
+        "HAS_MINMAX": planned.cuts != (0, 0, 0, 0),
+        "LAM_WEIGHTS": mask_type == CUTMIX and not map_shape and not settings.correct_lam and not settings.minmax,
+        "AREA_BITS": planned.area_bits,
+        "K": settings.num_classes,
+        "MH": map_shape[-2] if map_shape else 1, "MW": map_shape[-1] if map_shape else 1,
+        "CLASSES": map_shape[0] if len(map_shape) == 3 else 0,
+        "BOX_STEP": box_step, "BOX_FORMAT": ("xyxy", "crop", "crop_swapped").index(settings.box_format),
+        "IN_PLACE": in_place,
+        # A contracted multiply-add would round Mixup and the sampling positions differently from the reference.
+        "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation on a device, made once."""
+    return torch.tensor(mean, device=device), 1 / torch.tensor(std, device=device)
+
+
+def arguments(
+    images: Tensor | None,
+    out: Tensor | None,
+    labels: Tensor | None,
+    partner: Tensor | None,
+    maps: Tensor | None,
+    indices: Tensor | None,
+    boxes: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor,
+    sample_offset: int,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    mask_out: Tensor | None,
+    shape: tuple[int, ...],
+    settings: Settings,
+    device: torch.device,
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the arguments by name of a launch of `mix_kernel`. Nothing here waits for a device."""
+    batch, _, height, width = shape
+    planned = plan(settings, height, width)
+    if images is None or out is None:
+        strides = out_strides = (1, 1, 1, 1)
+        in_bytes = out_bytes = 1
+    else:
+        strides, out_strides = images.stride(), out.stride()
+        in_bytes, out_bytes = images.element_size(), out.element_size()
+    fixed = constants(
+        shape, strides, out_strides, in_bytes, out_bytes, () if maps is None else tuple(maps.shape[1:]),
+        indices is not None, 0 if boxes is None else boxes.stride(1), images is not None and images is out, settings,
+    )  # fmt: skip
+    if seed.device.type == "cpu" and device.type != "meta":
+        number = seed.item()
+        low, high = number & 0xFFFFFFFF, number >> 32
+        seed_low: Any = low - (low >> 31 << 32)
+        seed_high = high
+    else:
+        seed_low, seed_high = seed, None
+    mean, rstd = normalisation(settings.mean, settings.std, device) if settings.mean else (None, None)
+    drawn_lam = planned.lam < 0 and fixed["MASK_TYPE"] != GIVEN
+    return (batch * fixed["PROGRAMS"],), {
+        "images": images, "out": out, "labels": labels, "partner": partner, "maps": maps, "indices": indices,
+        "boxes": boxes, "mask": mask, "targets": targets, "weights": weights, "mask_out": mask_out,
+        "mean": mean, "rstd": rstd,
+        "ratio_table": device_table("ratio", 0.0, device) if fixed["MASK_TYPE"] == BLOCK else None,
+        "mix_table": device_table("beta", settings.mixup_alpha, device) if fixed["HAS_MIXUP"] else None,
+        "cut_table": device_table("beta", settings.cutmix_alpha, device) if drawn_lam else None,
+        "seed": seed_low, "seed_high": seed_high, "sample_offset": sample_offset, "batch": batch,
+        "images_stride": strides[0], "out_stride": out_strides[0],
+        "labels_stride": 1 if labels is None else labels.stride(0),
+        "maps_stride": 0 if maps is None else maps.stride(0),
+        "indices_stride": 0 if indices is None else indices.stride(0),
+        "boxes_stride": 0 if boxes is None else boxes.stride(0),
+        "mixes": planned.mixes, "switches": planned.switches, "lam_constant": planned.lam,
+        "tokens_constant": planned.tokens, "minimum_tokens": settings.minimum_tokens,
+        "cut_low_h": planned.cuts[0], "cut_span_h": max(planned.cuts[1] - planned.cuts[0], 1),
+        "cut_low_w": planned.cuts[2], "cut_span_w": max(planned.cuts[3] - planned.cuts[2], 1),
+        "smoothing": settings.label_smoothing,
+        **fixed,
+    }  # fmt: skip
+
+
+def mix(
+    images: Tensor, labels: Tensor, out: Tensor, partner: Tensor | None, maps: Tensor | None, indices: Tensor | None,
+    boxes: Tensor | None, mask: Tensor | None, seed: Tensor, sample_offset: int, settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Mix a batch into `out` (which may be `images`) and return (targets, mask, weights), in one launch."""
+    batch, _, height, width = images.shape
+    grid_h, grid_w = height // settings.patch_size, width // settings.patch_size
+    targets = torch.empty(batch, settings.num_classes, dtype=torch.float32, device=images.device)
+    weights = torch.empty(batch, 2, dtype=torch.float32, device=images.device)
+    mask_out = torch.empty(batch, grid_h, grid_w, dtype=torch.bool, device=images.device)
+    grid, named = arguments(
+        images, out, labels, partner, maps, indices, boxes, mask, seed, sample_offset, targets, weights, mask_out,
+        tuple(images.shape), settings, images.device,
+    )  # fmt: skip
+    mix_kernel[grid](**named)
+    return targets, mask_out, weights
