@@ -211,7 +211,7 @@ def test_unfinished_banks_are_refused_and_resumed(tmp_path):
     path, maps = tmp_path / "b.bank", random_maps()
     with create(path) as writer:
         writer.write(torch.arange(10, 20), maps[10:20])
-        with pytest.raises(ValueError, match="27 of 37 maps are not written yet, the first is .* image 0"):
+        with pytest.raises(ValueError, match=r"27 of 37 maps are not written yet.* image 0$"):
             writer.finish()
     with pytest.raises(FileNotFoundError, match=r"not finished: 10 of 37 maps are in .*b\.bank\.partial"):
         MapBank.open(path)
@@ -270,7 +270,7 @@ def test_an_unfinished_bank_of_something_else_is_not_continued(tmp_path, changes
 
 
 def test_two_jobs_cannot_write_one_bank(tmp_path):
-    with create(tmp_path / "f.bank"), pytest.raises(RuntimeError, match="another process is writing"):
+    with create(tmp_path / "f.bank"), pytest.raises(BlockingIOError, match="another process is writing"):
         create(tmp_path / "f.bank")
     create(tmp_path / "f.bank").close()
 

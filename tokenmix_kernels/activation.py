@@ -15,13 +15,17 @@ of the pooled vector: with gain g, shift s and u = W_l * g,
 
 from __future__ import annotations
 
+import difflib
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["ActivationTeacher"]
+from .extras import require
+
+__all__ = ["ActivationTeacher", "load_teacher"]
 
 _METHODS = ("auto", "cam", "tokens", "attention")
 
@@ -87,8 +91,10 @@ class ActivationTeacher(nn.Module):
         if method == "auto":
             method = "attention" if class_token else "tokens" if is_vit else "cam"
         if method == "cam" and class_token:
-            raise ValueError(f"{name} classifies its class token, there is no exact class activation map: "
-                             "use method='attention' or 'tokens'")
+            raise ValueError(
+                f"{name} classifies its class token, there is no exact class activation map: "
+                "use method='attention' or 'tokens'"
+            )
         if method in ("tokens", "attention") and not is_vit:
             raise ValueError(f"method={method!r} needs a vision transformer; use method='cam' for {name}")
 
@@ -284,8 +290,9 @@ class ActivationTeacher(nn.Module):
         features = features.to(layer.weight)
         labels = torch.tensor([0, self.num_classes - 1], device=features.device)
         if self._is_vit:
-            prefix = torch.randn(2, getattr(self.model, "num_prefix_tokens", 0), features.shape[1],
-                                 generator=generator).to(features)
+            prefix = torch.randn(
+                2, getattr(self.model, "num_prefix_tokens", 0), features.shape[1], generator=generator
+            ).to(features)
             own_layout = torch.cat([prefix, features.flatten(2).transpose(1, 2)], 1)
         elif str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC"):
             own_layout = features.permute(0, 2, 3, 1)
@@ -307,3 +314,69 @@ class ActivationTeacher(nn.Module):
         if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
             raise ValueError(reason)
 
+
+def load_teacher(
+    name: str, weights: str | os.PathLike[str] | None = None, *, num_classes: int | None = None
+) -> nn.Module:
+    """A timm classifier with its weights.
+
+    Args:
+        name: timm's name of the architecture.
+        weights: a checkpoint, ``.pth`` or ``.safetensors``, of this architecture. One whose parameters are
+            all named differently but equal the model's in order and shape (another implementation of the
+            same architecture) is taken in that order. None: timm's own pretrained weights, which it
+            downloads.
+        num_classes: K. Default: what the checkpoint's classifier has, else timm's.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: unknown architecture, or a checkpoint that does not fit it; the message says how.
+        ImportError: timm is missing; the message says how to install it.
+    """
+    timm = require("timm")
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"timm knows no model {name!r}{hint}")
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    if weights is None:
+        try:
+            return timm.create_model(name, pretrained=True, **options).eval()
+        except Exception as error:  # the hub client raises many kinds, none of which says what to do
+            raise ValueError(
+                f"the pretrained weights of {name} could not be loaded ({error}); "
+                "give a checkpoint file as weights"
+            ) from error
+    if not os.path.isfile(weights):
+        raise FileNotFoundError(f"there is no weights file {weights}")
+    try:
+        state = timm.models.load_state_dict(str(weights))
+    except Exception as error:
+        raise ValueError(f"{weights} is not a checkpoint that can be read: {error}") from error
+
+    model = timm.create_model(name, pretrained=False, **options)
+    classifier = model.pretrained_cfg["classifier"]
+    key = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
+    if num_classes is None and key in state and len(state[key]) != model.num_classes:
+        model = timm.create_model(name, pretrained=False, num_classes=len(state[key]))
+    own = model.state_dict()
+    if not own.keys() & state.keys() and [v.shape for v in own.values()] == [v.shape for v in state.values()]:
+        state = dict(zip(own, state.values(), strict=True))
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or unexpected or reshaped:
+        parts = [
+            f"{len(keys)} {what} (first {min(keys)})"
+            for keys, what in (
+                (missing, "parameters missing"),
+                (unexpected, "unknown parameters"),
+                (reshaped, "parameters of another shape"),
+            )
+            if keys
+        ]
+        raise ValueError(f"{weights} does not fit {name}: {', '.join(parts)}")
+    model.load_state_dict(state)
+    return model.eval()

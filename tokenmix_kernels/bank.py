@@ -100,8 +100,10 @@ def dataset_digest(names: Sequence[str], labels: Sequence[int]) -> str:
 def _pack_header(metadata: dict[str, Any]) -> bytes:
     text = json.dumps(metadata).encode()
     if _HEADER.size + len(text) > _HEADER_SPACE:
-        raise ValueError(f"the metadata of a map bank must fit {_HEADER_SPACE - _HEADER.size} bytes; "
-                         f"teacher has {len(str(metadata.get('teacher')))} characters")
+        raise ValueError(
+            f"the metadata of a map bank must fit {_HEADER_SPACE - _HEADER.size} bytes; "
+            f"teacher has {len(str(metadata.get('teacher')))} characters"
+        )
     return (_HEADER.pack(_MAGIC, _VERSION, len(text), zlib.crc32(text)) + text).ljust(_HEADER_SPACE, b"\0")
 
 
@@ -390,7 +392,7 @@ class MapBankWriter:
             FileExistsError: there is a finished bank at `path`.
             ValueError: the unfinished file beside it belongs to other data or another teacher, or an
                 argument is not as described.
-            RuntimeError: another process is writing it.
+            BlockingIOError: another process is writing it.
         """
         path = Path(path)
         if path.exists():
@@ -401,8 +403,9 @@ class MapBankWriter:
         if len(grid) != 2 or min(grid) < 1:
             raise ValueError(f"grid must be (h, w), both at least 1, not {tuple(grid)}")
         if given_labels.shape != (count,) or given_labels.dtype.kind not in "iu":
-            raise ValueError(f"labels must be {count} integers, not {given_labels.dtype} "
-                             f"{list(given_labels.shape)}")
+            raise ValueError(
+                f"labels must be {count} integers, not {given_labels.dtype} {list(given_labels.shape)}"
+            )
         if sizes is not None and tuple(sizes.shape) != (count, 2):
             raise ValueError(f"sizes must be [{count}, 2] (height, width), not {list(sizes.shape)}")
         metadata = {
@@ -444,8 +447,9 @@ class MapBankWriter:
                         f"for is {metadata[key]!r}): delete it to start anew"
                     )
             if not np.array_equal(_map_section(partial, writer._layout["labels"]), given_labels):
-                raise ValueError(f"{partial} is the beginning of a bank with other labels: "
-                                 "delete it to start anew")
+                raise ValueError(
+                    f"{partial} is the beginning of a bank with other labels: delete it to start anew"
+                )
         except BaseException:
             writer.close()
             raise
@@ -491,8 +495,9 @@ class MapBankWriter:
         if len(rows) and (rows.min() < 0 or rows.max() >= count):
             raise ValueError(f"ids must lie in [0, {count}); found {rows.min()} to {rows.max()}")
         if tuple(maps.shape) != (len(rows), *self.grid):
-            raise ValueError(f"maps must be [{len(rows)}, {self.grid[0]}, {self.grid[1]}], "
-                             f"not {list(maps.shape)}")
+            raise ValueError(
+                f"maps must be [{len(rows)}, {self.grid[0]}, {self.grid[1]}], not {list(maps.shape)}"
+            )
         if sizes is not None and tuple(sizes.shape) != (len(rows), 2):
             raise ValueError(f"sizes must be [{len(rows)}, 2] (height, width), not {list(sizes.shape)}")
         content = maps.detach().to("cpu", torch.float32).numpy().reshape(len(rows), -1)
@@ -535,8 +540,10 @@ class MapBankWriter:
         """
         missing = self.pending()
         if len(missing):
-            raise ValueError(f"{len(missing)} of {self.metadata['count']} maps are not written yet, "
-                             f"the first is that of image {int(missing[0])}")
+            raise ValueError(
+                f"{len(missing)} of {self.metadata['count']} maps are not written yet, "
+                f"the first is that of image {int(missing[0])}"
+            )
         checksum = _checksum(self.partial, self._layout)
         header = _pack_header({**self.metadata, "complete": True, "checksum": checksum})
         os.pwrite(self._file, header, 0)
@@ -580,7 +587,7 @@ class MapBankWriter:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another process is writing {self.partial}") from None
+            raise BlockingIOError(f"another process is writing {self.partial}") from None
         except OSError:
             pass  # a file system without locks
 

@@ -96,7 +96,7 @@ class _Recorder:
 
 
 class _AtLeastOneBit:
-    """Stands for timm's posterize, which at full magnitude keeps 0 bits: black, or an error from Pillow 13."""
+    """Stands for timm's posterize, whose 0 bits at full magnitude mean black, or an error from Pillow 13."""
 
     def __init__(self, function: Callable[..., Image]) -> None:
         self.function = function
