@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .settings import BLOCK, CUTMIX, MASK_TYPES, MIXUP, MODES, PAIR, BATCH, RANDOM, GIVEN, Settings, plan
+from .settings import BATCH, BLOCK, CUTMIX, GIVEN, MASK_TYPES, MIXUP, MODES, PAIR, RANDOM, Settings, plan
 from .tables import BETA_BITS, RATIO_BITS, device_table
 
-__all__ = ["arguments", "launch_shape", "mix", "mix_kernel"]
+__all__ = ["arguments", "launch_shape", "mix", "mix_kernel", "pool_targets", "token_mask"]
 
 # Global constants that kernels read.
 K_HEADER = tl.constexpr(0)
@@ -294,8 +294,8 @@ def draw(
     elif MODE != K_BATCH:
         sample += i
     kind, lam, tokens = header(
-        seed_low, seed_high, sample, mixes, switches, lam_constant, tokens_constant, minimum_tokens, mix_table, cut_table,
-        COUNT, MASK_TYPE, HAS_HEADER,
+        seed_low, seed_high, sample, mixes, switches, lam_constant, tokens_constant, minimum_tokens, mix_table,
+        cut_table, COUNT, MASK_TYPE, HAS_HEADER,
     )  # fmt: skip
     tokens = tl.where(kind == MASK_TYPE, tokens, 0)
     top = tl.zeros([], tl.int32)
@@ -349,7 +349,7 @@ def finish(pixels, mean, rstd, DTYPE: tl.constexpr):
     """Normalise (where mean is given) and round to the dtype that is stored."""
     if mean is not None:
         pixels = (pixels.to(tl.float32) - mean) * rstd
-    elif DTYPE == tl.uint8 and pixels.dtype != tl.uint8:
+    elif tl.uint8 == DTYPE and pixels.dtype != tl.uint8:
         pixels = tl.floor(pixels + 0.5)
     return pixels.to(DTYPE)
 
@@ -399,9 +399,7 @@ def mix_pixels(
         if LINES != P:
             valid = valid & (line < P)
         if MASK_TYPE == K_CUTMIX:
-            exact, some, whole = inside_rectangle(
-                column[None, :], y, top, bottom, left, right, VEC, CHANNELS
-            )
+            exact, some, whole = inside_rectangle(column[None, :], y, top, bottom, left, right, VEC, CHANNELS)
         else:
             exact = bit[None, :]
             some, whole = exact, exact
@@ -423,7 +421,7 @@ def mix_pixels(
         out_at = tl.max_contiguous(tl.multiple_of(out_row + column * OUT_STEP, VEC), VEC)
         from_at = tl.max_contiguous(tl.multiple_of(tl.where(bit, other_row, own_row) + column * STEP, VEC), VEC)
         for plane in tl.static_range(PLANES):
-            at = (plane * SC + line * SH)  # [LINES, 1]
+            at = plane * SC + line * SH  # [LINES, 1]
             place = out + out_at[None, :] + (plane * OC + line * OH)
             if mean is None:
                 offset, scale = None, None
@@ -509,7 +507,7 @@ def own_map(
 
 @triton.jit
 def corners(boxes, n, boxes_stride, BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr):
-    """(x0, y0, x1, y1) of an image's box; BOX_FORMAT 0 is xyxy, 1 (top, left, height, width), 2 that with axes swapped."""
+    """(x0, y0, x1, y1) of a box. BOX_FORMAT: 0 xyxy, 1 (top, left, height, width), 2 the latter with axes swapped."""
     at = boxes + n * boxes_stride
     a, b = tl.load(at), tl.load(at + BOX_STEP)
     c, d = tl.load(at + 2 * BOX_STEP), tl.load(at + 3 * BOX_STEP)
@@ -523,7 +521,10 @@ def corners(boxes, n, boxes_stride, BOX_STEP: tl.constexpr, BOX_FORMAT: tl.const
 
 
 @triton.jit
-def resample(flat, low, high, outer, cell, OUTER_STEP: tl.constexpr, STEP: tl.constexpr, SIZE: tl.constexpr, GRID: tl.constexpr):  # fmt: skip
+def resample(
+    flat, low, high, outer, cell,
+    OUTER_STEP: tl.constexpr, STEP: tl.constexpr, SIZE: tl.constexpr, GRID: tl.constexpr,
+):  # fmt: skip
     """A map's axis averaged over the grid's cells by the rule of `roi_align`: one value for each of (outer, cell).
 
     torchvision's rule with aligned=False and an adaptive sampling ratio: box * size - 0.5, at least one map cell long,
@@ -601,7 +602,9 @@ def write_targets(
     token = tl.arange(0, TOKENS)
     real = token < GH * GW
     if mask_out is not None:
-        tl.store(mask_out + i * (GH * GW) + token, (taken > 0.5).to(tl.int8), real & (side == 1))
+        tl.store(mask_out + i * (GH * GW) + token, taken > 0.5, real & (side == 1))
+    if weights is None and targets is None:
+        return
     label_i = tl.load(labels + i * labels_stride).to(tl.int64)
     label_j = tl.load(labels + j * labels_stride).to(tl.int64)
     same = label_i == label_j
@@ -763,7 +766,7 @@ def constants(
     ob, oc, oh, ow = out_strides
     nhwc = sc == 1 and sw == channels and oc == 1 and ow == channels and channels > 1
     planned = plan(settings, height, width)
-    inner = (sb, sh, ob, oh) if nhwc else (sb, sc, sh, ob, oc, oh)
+    inner: tuple[int, ...] = (sb, sh, ob, oh) if nhwc else (sb, sc, sh, ob, oc, oh)
     if not nhwc and (sw != 1 or ow != 1):
         inner = (1,)
     cut = launch_shape(channels, height, width, settings.patch_size, nhwc, in_bytes, out_bytes, gcd(*inner))
@@ -818,7 +821,8 @@ def arguments(
     batch, _, height, width = shape
     planned = plan(settings, height, width)
     if images is None or out is None:
-        strides = out_strides = (1, 1, 1, 1)
+        strides: tuple[int, ...] = (1, 1, 1, 1)
+        out_strides: tuple[int, ...] = strides
         in_bytes = out_bytes = 1
     else:
         strides, out_strides = images.stride(), out.stride()
@@ -828,7 +832,7 @@ def arguments(
         indices is not None, 0 if boxes is None else boxes.stride(1), images is not None and images is out, settings,
     )  # fmt: skip
     if seed.device.type == "cpu" and device.type != "meta":
-        number = seed.item()
+        number = int(seed)
         low, high = number & 0xFFFFFFFF, number >> 32
         seed_low: Any = low - (low >> 31 << 32)
         seed_high = high
@@ -874,3 +878,31 @@ def mix(
     )  # fmt: skip
     mix_kernel[grid](**named)
     return targets, mask_out, weights
+
+
+def token_mask(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: int, settings: Settings) -> Tensor:
+    """Masks alone, [B, Gh, Gw] bool, on the seed's device."""
+    shape = (batch, 1, grid[0] * settings.patch_size, grid[1] * settings.patch_size)
+    mask_out = torch.empty(batch, *grid, dtype=torch.bool, device=seed.device)
+    launch_grid, named = arguments(
+        None, None, None, None, None, None, None, None, seed, sample_offset, None, None, mask_out, shape, settings,
+        seed.device,
+    )  # fmt: skip
+    mix_kernel[launch_grid](**named)
+    return mask_out
+
+
+def pool_targets(
+    maps: Tensor, indices: Tensor | None, labels: Tensor, mask: Tensor, boxes: Tensor | None, partner: Tensor | None,
+    box_format: str,
+) -> Tensor:  # fmt: skip
+    """Weights alone, [B, 2] fp32 (own, partner), for masks that are already there."""
+    settings = Settings(num_classes=1, patch_size=1, mask_type="given", box_format=box_format)
+    weights = torch.empty(len(mask), 2, dtype=torch.float32, device=maps.device)
+    seed = torch.zeros((), dtype=torch.int64)
+    launch_grid, named = arguments(
+        None, None, labels, partner, maps, indices, boxes, mask, seed, 0, None, weights, None,
+        (len(mask), 1, *mask.shape[1:]), settings, maps.device,
+    )  # fmt: skip
+    mix_kernel[launch_grid](**named)
+    return weights

@@ -16,7 +16,7 @@ from torch import Tensor
 from .settings import BATCH, BLOCK, COPY, CUTMIX, GIVEN, MASK_TYPES, MIXUP, MODES, PAIR, RANDOM, Plan, Settings, plan
 from .tables import BETA_BITS, RATIO_BITS, beta_table, ratio_table
 
-__all__ = ["Draw", "draw", "mix", "mix_inplace", "pool", "targets", "token_masks"]
+__all__ = ["Draw", "draw", "mix", "mix_inplace", "pool_targets", "targets", "token_mask"]
 
 HEADER, RECTANGLE, TRIES, KEYS = 0, 1, 2, 3  # streams of the random counters
 LOW32 = 0xFFFFFFFF
@@ -46,7 +46,8 @@ def philox(seed: int, samples: Tensor, draws: Tensor, stream: int) -> Tensor:
     key0, key1 = seed & LOW32, (seed >> 32) & LOW32
     for _ in range(10):
         low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (high >> 32 & LOW32) ^ c1 ^ key0, high & LOW32, (low >> 32 & LOW32) ^ c3 ^ key1, low & LOW32
+        c0, c2 = (high >> 32 & LOW32) ^ c1 ^ key0, (low >> 32 & LOW32) ^ c3 ^ key1
+        c1, c3 = high & LOW32, low & LOW32
         key0, key1 = (key0 + 0x9E3779B9) & LOW32, (key1 + 0xBB67AE85) & LOW32
     return torch.stack([c0, c1, c2, c3], -1)
 
@@ -78,7 +79,9 @@ def beta(word: int, alpha: float) -> int:
     return table[entry] + ((table[entry + 1] - table[entry]) * between >> 14)
 
 
-def block_mask(words: list[list[int]], sample: int, seed: int, tokens: int, grid: tuple[int, int], area_bits: int) -> int:
+def block_mask(
+    words: list[list[int]], sample: int, seed: int, tokens: int, grid: tuple[int, int], area_bits: int
+) -> int:
     """Rectangles of random area and aspect ratio until `tokens` are masked, as an integer of G bits.
 
     Tries go in windows of four, all against the tokens that are still to be masked; the first that fits is taken.
@@ -129,7 +132,9 @@ def random_mask(words: Tensor, tokens: Tensor, count: int) -> Tensor:
     return keys.argsort(1).argsort(1) < tokens[:, None]
 
 
-def cutmix_rectangle(words: list[int], lam: int, cuts: tuple[int, int, int, int], height: int, width: int) -> tuple[int, int, int, int]:
+def cutmix_rectangle(
+    words: list[int], lam: int, cuts: tuple[int, int, int, int], height: int, width: int
+) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) in pixels, as `timm.data.mixup.rand_bbox` and `rand_bbox_minmax` place it."""
     if cuts != (0, 0, 0, 0):
         cut_h = cuts[0] + (words[0] * max(cuts[1] - cuts[0], 1) >> 32)
@@ -145,7 +150,9 @@ def cutmix_rectangle(words: list[int], lam: int, cuts: tuple[int, int, int, int]
     return top, bottom, left, right
 
 
-def draw(seed: int, sample_offset: int, partner: Tensor, mask: Tensor | None, height: int, width: int, settings: Settings) -> Draw:
+def draw(
+    seed: int, sample_offset: int, partner: Tensor, mask: Tensor | None, height: int, width: int, settings: Settings
+) -> Draw:
     """What each sample of the batch gets: kind, lam, mask and rectangle."""
     batch = len(partner)
     patch = settings.patch_size
@@ -165,7 +172,9 @@ def draw(seed: int, sample_offset: int, partner: Tensor, mask: Tensor | None, he
     if planned.tokens < 0:
         least = settings.minimum_tokens
         drawn = [
-            (kind, lam, min(count, ((65536 - lam) * count >> 16) + least)) if kind in (BLOCK, RANDOM) else (kind, lam, 0)
+            (kind, lam, min(count, ((65536 - lam) * count >> 16) + least))
+            if kind in (BLOCK, RANDOM)
+            else (kind, lam, 0)
             for kind, lam, _ in drawn
         ]
     kinds = {kind for kind, _, _ in drawn}
@@ -338,7 +347,13 @@ def resample(low: Tensor, high: Tensor, size: int, grid: int) -> Tensor:
 
 
 def pool(
-    maps: Tensor, indices: Tensor | None, labels: Tensor, boxes: Tensor | None, partner: Tensor, taken: Tensor, box_format: str
+    maps: Tensor,
+    indices: Tensor | None,
+    labels: Tensor,
+    boxes: Tensor | None,
+    partner: Tensor,
+    taken: Tensor,
+    box_format: str,
 ) -> Tensor:
     """The share of its evidence that each image of a pair keeps, [B, 2] fp32 (own, partner).
 
@@ -390,7 +405,7 @@ def mix_weights(
     taken = drawn.mask.float()
     for i, kind in enumerate(drawn.kind):
         if kind == CUTMIX:
-            taken[i] = coverage(drawn.rectangle[i], taken.shape[1:], patch) / (patch * patch)
+            taken[i] = coverage(drawn.rectangle[i], (taken.shape[1], taken.shape[2]), patch) / (patch * patch)
     if maps is not None:
         weights = pool(maps, indices, labels, boxes, partner, taken, settings.box_format)
     else:
@@ -406,7 +421,7 @@ def mix_weights(
 def targets(weights: Tensor, labels: Tensor, partner: Tensor, kinds: list[int], settings: Settings) -> Tensor:
     """Dense soft targets [B, K] fp32.
 
-    Token masks: the paper's, w - eps/2 + eps/(2K) for each side and the two added up. Else timm's, w * (1 - eps) + eps/K.
+    Token masks: the paper's, w - eps/2 + eps/(2K) for each side, added up. Else timm's, w * (1 - eps) + eps/K.
     """
     classes, smoothing = settings.num_classes, settings.label_smoothing
     tokens = torch.tensor([kind in (BLOCK, RANDOM, GIVEN) for kind in kinds])[:, None]
@@ -434,7 +449,7 @@ def mix(
     device = images.device
     labels = labels.cpu().long()
     pairs = partner_of(partner, len(images))
-    drawn = draw(int(seed), sample_offset, pairs, mask, *images.shape[2:], settings)
+    drawn = draw(int(seed), sample_offset, pairs, mask, images.shape[2], images.shape[3], settings)
     mix_pixels(images, out, pairs, drawn, settings)
     weights = mix_weights(maps, indices, labels, boxes, pairs, drawn, settings)
     dense = targets(weights, labels, pairs, drawn.kind, settings)
@@ -457,7 +472,7 @@ def mix_inplace(
     device = images.device
     labels = labels.cpu().long()
     pairs = partner_of(partner, len(images))
-    drawn = draw(int(seed), sample_offset, pairs, mask, *images.shape[2:], settings)
+    drawn = draw(int(seed), sample_offset, pairs, mask, images.shape[2], images.shape[3], settings)
     firsts = torch.nonzero(pairs >= torch.arange(len(pairs))).flatten()
     for some in firsts.split(max(1, len(firsts) // 16)):
         ids = torch.unique(torch.cat([some, pairs[some]]))
@@ -477,7 +492,21 @@ def mix_inplace(
     return dense.to(device), drawn.mask.to(device), weights.to(device)
 
 
-def token_masks(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: int, settings: Settings) -> Tensor:
+def token_mask(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: int, settings: Settings) -> Tensor:
     """Masks alone, [B, Gh, Gw] bool."""
-    patch = settings.patch_size
-    return draw(int(seed), sample_offset, partner_of(None, batch), None, grid[0] * patch, grid[1] * patch, settings).mask
+    height, width = (side * settings.patch_size for side in grid)
+    return draw(int(seed), sample_offset, partner_of(None, batch), None, height, width, settings).mask
+
+
+def pool_targets(
+    maps: Tensor,
+    indices: Tensor | None,
+    labels: Tensor,
+    mask: Tensor,
+    boxes: Tensor | None,
+    partner: Tensor | None,
+    box_format: str,
+) -> Tensor:
+    """Weights alone, [B, 2] fp32 (own, partner), for masks that are already there."""
+    pairs = partner_of(partner, len(mask))
+    return pool(maps, indices, labels.cpu().long(), boxes, pairs, mask.cpu().float(), box_format)

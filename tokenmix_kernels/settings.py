@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["BATCH", "ELEM", "PAIR", "BLOCK", "COPY", "CUTMIX", "GIVEN", "MIXUP", "RANDOM", "Plan", "Settings", "plan"]
+__all__ = ["BATCH", "BLOCK", "COPY", "CUTMIX", "ELEM", "GIVEN", "MIXUP", "PAIR", "RANDOM", "Plan", "Settings", "plan"]
 
 # Who shares a draw.
 BATCH, PAIR, ELEM = 0, 1, 2
@@ -22,7 +22,7 @@ class Settings(NamedTuple):
         patch_size: P, side of a token in pixels.
         mask_type: 'block', 'random', 'cutmix' or 'given' (the mask is an input).
         mode: who shares a draw: 'batch', 'pair' or 'elem'.
-        lam: share kept from the own image in the second branch; below 0 it is drawn from Beta(cutmix_alpha, cutmix_alpha).
+        lam: share kept from the own image in the second branch; below 0 it comes from Beta(cutmix_alpha, cutmix_alpha).
         minimum_tokens: tokens added to the (1 - lam) * G that are masked.
         mixup_alpha: the first branch is Mixup with this Beta; 0 switches the branch off.
         cutmix_alpha: the Beta of the second branch; 0 switches the branch off.

@@ -1,0 +1,459 @@
+"""The public face: `TokenMix` for a training loop, `tokenmix` to mix once, and the parts for a mix of one's own.
+
+The method is that of Liu et al., "TokenMix: Rethinking Image Mixing for Data Augmentation in Vision Transformers", ECCV
+2022 (arXiv 2207.08409), with the Mixup branch (Zhang et al. 2018) and the CutMix rectangles (Yun et al. 2019) of
+`timm.data.Mixup`.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, ops, reference
+from .settings import Settings
+
+__all__ = ["Mixed", "TokenMix", "TopKMaps", "pool_targets", "token_mask", "tokenmix"]
+
+
+class TopKMaps(NamedTuple):
+    """Activation maps of each position's k strongest classes.
+
+    Attributes:
+        values: [B, k, h, w] float32, float16, bfloat16 or uint8.
+        indices: [B, k, h, w] class numbers: int64, int32, int16, uint8, or float32.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+
+Maps = Tensor | TopKMaps
+
+
+class Mixed(NamedTuple):
+    """A mixed batch.
+
+    Attributes:
+        images: [B, C, H, W].
+        targets: [B, num_classes] float32.
+        mask: [B, Gh, Gw] bool, True where the token was taken from the partner.
+        weights: [B, 2] float32, what is left of the own image and of the partner: shares of evidence or of area.
+    """
+
+    images: Tensor
+    targets: Tensor
+    mask: Tensor
+    weights: Tensor
+
+
+class TokenMix(nn.Module):
+    """Mix a batch of images and its labels; in place of `timm.data.Mixup` in a training loop.
+
+    The first ten arguments are those of `timm.data.Mixup`, with DeiT's values as defaults. What timm's CutMix branch is
+    there is TokenMix here, or whatever `mask_type` says.
+
+    Args:
+        mixup_alpha: lam of the Mixup branch comes from Beta(mixup_alpha, mixup_alpha); 0 switches the branch off.
+        cutmix_alpha: above 0, the second branch is on; the Beta of its lam where `lam` is 'beta'.
+        cutmix_minmax: (low, high) share of the image's sides for CutMix rectangles, in place of lam (mask_type
+            'cutmix').
+        prob: probability that a draw mixes at all.
+        switch_prob: probability of the second branch where both are on.
+        mode: who shares a draw: 'batch' (all), 'pair' (an image and its partner) or 'elem' (nobody).
+        correct_lam: CutMix weights follow the area that the image's border leaves of the rectangle, not the drawn lam.
+            Token masks always follow what was masked.
+        label_smoothing: epsilon of the targets.
+        num_classes: K, classes of the targets.
+        mask_type: the second branch: 'block' (several rectangles of tokens, the paper's), 'random' (single tokens) or
+            'cutmix' (one rectangle of pixels, as timm draws it).
+        minimum_tokens: tokens that are masked beside the (1 - lam) * G (the published code's 14 of 196).
+        lam: share kept from the own image in the second branch, or 'beta' for Beta(cutmix_alpha, cutmix_alpha).
+            timm's CutMix is mask_type='cutmix', lam='beta'.
+        patch_size: P, side of a token in pixels.
+        mean, std: normalise (x - mean) / std in the same pass; one value for each channel, in the images' units (for
+            uint8, 0 to 255).
+        out_dtype: dtype of the mixed images; the images' own if not given, float32 for uint8 with mean and std.
+        crop_axes: how the crop in a packed label-map batch is read: 'right', or 'published' for the published code's,
+            which takes top for left.
+
+    Attributes:
+        mixup_enabled: False hands on the images unmixed (normalised where mean is given) with smoothed labels.
+
+    Raises:
+        ValueError: a setting out of range, in one sentence.
+    """
+
+    mixup_enabled: bool
+
+    def __init__(
+        self,
+        mixup_alpha: float = 0.8,
+        cutmix_alpha: float = 1.0,
+        cutmix_minmax: Sequence[float] | None = None,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        mode: str = "batch",
+        correct_lam: bool = True,
+        label_smoothing: float = 0.1,
+        num_classes: int = 1000,
+        *,
+        mask_type: str = "block",
+        minimum_tokens: int = 14,
+        lam: float | str = 0.5,
+        patch_size: int = 16,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        out_dtype: torch.dtype | None = None,
+        crop_axes: str = "right",
+    ) -> None:
+        super().__init__()
+        self.settings = make_settings(
+            num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, mode=mode, lam=lam,
+            minimum_tokens=minimum_tokens, mixup_alpha=mixup_alpha,
+            # timm: with minmax the rectangle's size is not a matter of lam, and the branch is always on.
+            cutmix_alpha=1.0 if cutmix_minmax is not None else cutmix_alpha, prob=prob, switch_prob=switch_prob,
+            minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
+        )  # fmt: skip
+        self.unmixed = self.settings._replace(prob=0.0)
+        self.out_dtype = out_dtype
+        self.crop_format = crop_format(crop_axes)
+        self.mixup_enabled = True
+        result_dtype(torch.uint8, out_dtype, self.settings)
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        maps: Maps | None = None,
+        boxes: Tensor | None = None,
+        *,
+        partner: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        sample_offset: int = 0,
+        out: Tensor | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Mix a batch. Arguments, forms of `maps` and errors are those of `tokenmix`.
+
+        Returns:
+            (images [B, C, H, W], targets [B, num_classes] float32).
+        """
+        settings = self.settings if self.mixup_enabled else self.unmixed
+        mixed = run(
+            images, labels, maps, boxes, None, partner, seed, generator, sample_offset, out, self.out_dtype, backend,
+            settings, self.crop_format,
+        )  # fmt: skip
+        return mixed[0], mixed[1]
+
+    def extra_repr(self) -> str:
+        shown = {name: value for name, value in self.settings._asdict().items() if value != ()}
+        shown["lam"] = "beta" if self.settings.lam < 0 else self.settings.lam
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if name != "box_format")
+
+
+def tokenmix(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    maps: Maps | None = None,
+    boxes: Tensor | None = None,
+    mask: Tensor | None = None,
+    partner: Tensor | None = None,
+    patch_size: int = 16,
+    lam: float | str = 0.5,
+    minimum_tokens: int = 14,
+    mask_type: str = "block",
+    mode: str = "batch",
+    label_smoothing: float = 0.1,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    sample_offset: int = 0,
+    cutmix_alpha: float = 1.0,
+    cutmix_minmax: Sequence[float] | None = None,
+    correct_lam: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    crop_axes: str = "right",
+    backend: str = "auto",
+) -> Mixed:
+    """Mix a batch of images token by token, with targets that follow the evidence (TokenMix, eq. 3 to 7).
+
+    out = M ? images[partner] : images. With A_n the activation map of an image's own label, resampled to the token
+    grid by the rule of torchvision's `roi_align` (aligned=False, adaptive sampling) and divided by its sum, the weights
+    are w_own = sum (1 - M) A_n[own] and w_partner = sum M A_n[partner]. Own label and partner's label get
+    w - eps / 2 + eps / K, every other class eps / K; equal labels add up. The weights need not add up to 1: the method
+    trains with binary cross-entropy. With mask_type 'cutmix' targets are timm's, w * (1 - eps) + eps / K.
+
+    Args:
+        images: [B, C, H, W] float32, float16, bfloat16 or uint8; H and W multiples of patch_size; contiguous,
+            channels_last, or any strides. Never changed unless `out` is `images`.
+        labels: [B] int64 or int32 class numbers; or a packed label-map batch [B, 3, k, h, w] float32 of TokenLabeling
+            and the published TokenMix, which holds values, class numbers, crop and label.
+        num_classes: K.
+        maps: activation maps: of the own label [B, h, w], of all classes [B, K, h, w], or `TopKMaps`; up to 64x64
+            cells. Without maps, or for an image whose map has no positive sum, weights are shares of the area.
+        boxes: [B, 4] (x0, y0, x1, y1) in [0, 1]: the part of its map that an image shows. Without, all of it.
+        mask: [B, Gh, Gw] bool, True = from the partner; drawn if not given.
+        partner: [B] int64 or int32 indices; the batch reversed if not given.
+        patch_size, lam, minimum_tokens, mask_type, mode, label_smoothing, cutmix_alpha, cutmix_minmax, correct_lam,
+            mean, std, out_dtype, crop_axes: as for `TokenMix`.
+        seed: key of all draws, an integer or a 0-d int64 tensor on the CPU or on the images' device. Drawn from
+            torch's CPU generator, or `generator`, if not given. The same seed gives the same masks on every device.
+        generator: where a seed that is not given comes from.
+        sample_offset: global index of the batch's first sample; part of the random counters, so that the parts of a
+            batch that is spread over processes draw (mode 'elem') what the whole batch would.
+        out: where the mixed images go. `images` itself mixes in place; partners must then be mutual.
+        backend: 'auto' (kernels on a GPU, else the reference), 'reference', or 'triton' (the kernels, on CPU tensors
+            under Triton's interpreter).
+
+    Returns:
+        Mixed(images, targets, mask, weights).
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, shape or range, named in one sentence. Ranges of labels,
+            partners and boxes are looked at on a CPU only. On a GPU, where that would make the host wait, a label out
+            of range adds nothing to the targets, and a partner out of range is the image itself.
+    """
+    settings = make_settings(
+        num_classes=num_classes, patch_size=patch_size, mask_type="given" if mask is not None else mask_type, mode=mode,
+        lam=lam, minimum_tokens=minimum_tokens, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0, switch_prob=1.0,
+        minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
+    )  # fmt: skip
+    return run(
+        images, labels, maps, boxes, mask, partner, seed, generator, sample_offset, out, out_dtype, backend, settings,
+        crop_format(crop_axes),
+    )  # fmt: skip
+
+
+def token_mask(
+    batch: int,
+    grid: tuple[int, int],
+    *,
+    lam: float | str = 0.5,
+    minimum_tokens: int = 14,
+    mask_type: str = "block",
+    mode: str = "elem",
+    cutmix_alpha: float = 1.0,
+    patch_size: int = 16,
+    seed: int | Tensor | None = None,
+    sample_offset: int = 0,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Draw masks alone: those that `tokenmix` draws with the same seed and settings.
+
+    Args:
+        batch: B.
+        grid: (Gh, Gw), up to 64x64 tokens.
+        lam, minimum_tokens, mask_type, mode, cutmix_alpha, seed, sample_offset, backend: as for `tokenmix`. Of a
+            CutMix rectangle, the tokens that it covers by more than half.
+        patch_size: side of a token in pixels, which CutMix rectangles depend on.
+        device: where the masks are wanted; the seed's if not given.
+
+    Returns:
+        [B, Gh, Gw] bool, True where the token is to be taken from the partner.
+    """
+    checks.is_count("batch", batch, 1)
+    grid_h, grid_w = grid
+    checks.check_grid(grid_h, grid_w)
+    settings = make_settings(
+        num_classes=1, patch_size=patch_size, mask_type=mask_type, mode=mode, lam=lam, minimum_tokens=minimum_tokens,
+        cutmix_alpha=cutmix_alpha,
+    )  # fmt: skip
+    if mask_type == "given":
+        raise ValueError("mask_type must be 'block', 'random' or 'cutmix', got 'given'")
+    if device is None:
+        device = seed.device if isinstance(seed, Tensor) else "cpu"
+    home = torch.device(device)
+    key = as_seed(seed, None, home)
+    if key.device != home:
+        key = key.to(home, non_blocking=True)
+    module = backend_of(backend, key)
+    if module is not None:
+        return module.token_mask(batch, (grid_h, grid_w), key, sample_offset, settings).to(home)
+    return ops.token_mask(key, sample_offset, batch, grid_h, grid_w, *settings)
+
+
+def pool_targets(
+    maps: Maps,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    boxes: Tensor | None = None,
+    partner: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The weights of a mix whose masks are already there: shares of evidence, by the rule of `tokenmix`.
+
+    Args:
+        maps: [B, h, w], [B, K, h, w] or `TopKMaps`, as for `tokenmix`.
+        labels: [B] int64 or int32.
+        mask: [B, Gh, Gw] bool, True = from the partner.
+        boxes, partner, backend: as for `tokenmix`.
+
+    Returns:
+        [B, 2] float32: what is left of the own image and of the partner.
+
+    Raises:
+        TypeError, ValueError: as `tokenmix`.
+    """
+    values, indices = maps if isinstance(maps, TopKMaps) else (maps, None)
+    checks.is_tensor("mask", mask)
+    if mask.dim() != 3:
+        raise ValueError(f"mask must be [B, Gh, Gw], got {list(mask.shape)}")
+    batch = mask.shape[0]
+    checks.check_grid(*mask.shape[1:])
+    checks.check_mask(mask, batch, (mask.shape[1], mask.shape[2]), mask)
+    checks.check_maps(values, indices, batch, mask)
+    checks.check_labels(labels, values, None)
+    if boxes is not None:
+        checks.check_boxes(boxes, batch, mask)
+    if partner is not None:
+        checks.check_partner(partner, batch, mask)
+    module = backend_of(backend, values)
+    if module is not None:
+        return module.pool_targets(values, indices, labels, mask, boxes, partner, "xyxy")
+    return ops.pool_targets(values, indices, labels, mask, boxes, partner, "xyxy")
+
+
+@cache
+def crop_format(crop_axes: str) -> str:
+    """The box format of a packed label-map batch."""
+    checks.one_of("crop_axes", crop_axes, ("right", "published"))
+    return "crop" if crop_axes == "right" else "crop_swapped"
+
+
+def make_settings(*, lam: float | str, **values: Any) -> Settings:
+    """Checked settings from a caller's arguments."""
+    if isinstance(lam, str) and lam != "beta":
+        raise ValueError(f"lam must be the share to keep, in [0, 1], or 'beta', got {lam!r}")
+    if not isinstance(lam, str):
+        checks.is_number("lam", lam, 0, 1, "the share to keep, in [0, 1], or 'beta'")
+    for name in ("minmax", "mean", "std"):
+        values[name] = tuple(float(value) for value in values.get(name) or ())
+    settings = Settings(lam=-1.0 if lam == "beta" else float(lam), **values)
+    checks.check_settings(settings)
+    return settings
+
+
+def result_dtype(dtype: torch.dtype, out_dtype: torch.dtype | None, settings: Settings) -> torch.dtype:
+    """The dtype of the mixed images."""
+    if out_dtype is None:
+        return torch.float32 if settings.mean and dtype == torch.uint8 else dtype
+    plain_bytes = dtype == torch.uint8 and not settings.mean
+    if out_dtype not in checks.IMAGE_DTYPES or (out_dtype == torch.uint8 and not plain_bytes):
+        raise TypeError(f"out_dtype must be float32, float16, bfloat16 (or uint8 for plain bytes), got {out_dtype}")
+    return out_dtype
+
+
+def as_seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """A 0-d int64 tensor: the given seed, or one drawn on the CPU, in a graph on the device."""
+    if isinstance(seed, Tensor):
+        if seed.dim() or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be an integer or a 0-d int64 tensor, got {seed.dtype} {list(seed.shape)}")
+        return seed
+    if seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must be a 64-bit integer or a 0-d int64 tensor, got {seed!r}")
+        return torch.tensor(seed)
+    if generator is not None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=generator.device, generator=generator)
+    in_graph = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device if in_graph else "cpu")
+
+
+def backend_of(backend: str, tensor: Tensor) -> ModuleType | None:
+    """The module that is asked for by name, or None: the operator decides."""
+    if backend == "auto":
+        return None
+    checks.one_of("backend", backend, ("auto", "reference", "triton"))
+    if backend == "reference":
+        return reference
+    from . import kernels
+
+    return kernels
+
+
+def run(
+    images: Tensor,
+    labels: Tensor,
+    maps: Maps | None,
+    boxes: Tensor | None,
+    mask: Tensor | None,
+    partner: Tensor | None,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    sample_offset: int,
+    out: Tensor | None,
+    out_dtype: torch.dtype | None,
+    backend: str,
+    settings: Settings,
+    packed_format: str,
+) -> Mixed:
+    """Check, and call the operator that fits `out`."""
+    checks.check_images(images, settings)
+    batch = images.shape[0]
+    values, indices = maps if isinstance(maps, TopKMaps) else (maps, None)
+    if isinstance(labels, Tensor) and labels.dim() == 5:
+        values, indices, boxes, labels = unpack_label_maps(labels, values, boxes)
+        settings = settings._replace(box_format=packed_format)
+        checks.check_labels(labels, images, settings.num_classes, (torch.float32,))
+    else:
+        checks.check_labels(labels, images, settings.num_classes)
+    if values is not None:
+        checks.check_maps(values, indices, batch, images)
+    if boxes is not None:
+        if values is None:
+            raise ValueError("boxes must come with maps: they say which part of its map an image shows")
+        checks.check_boxes(boxes, batch, images, settings.box_format)
+    if mask is not None:
+        patch = settings.patch_size
+        checks.check_mask(mask, batch, (images.shape[2] // patch, images.shape[3] // patch), images)
+    if isinstance(sample_offset, bool) or not isinstance(sample_offset, (int, torch.SymInt)):
+        raise TypeError(f"sample_offset must be a whole number, got {sample_offset!r}")
+    dtype = result_dtype(images.dtype, out_dtype, settings)
+    in_place = False
+    if out is not None:
+        checks.check_out(images, out, dtype, settings)
+        in_place = out is images or out.data_ptr() == images.data_ptr()
+    if partner is not None:
+        checks.check_partner(partner, batch, images, in_place)
+    key = as_seed(seed, generator, images.device)
+
+    module = backend_of(backend, images)
+    inputs = (labels, partner, values, indices, boxes, mask, key, sample_offset)
+    if module is None:
+        if out is None:
+            return Mixed(*ops.mix(images, *inputs, dtype, *settings))
+        if in_place:
+            return Mixed(out, *ops.mix_inplace(images, *inputs, *settings))
+        return Mixed(out, *ops.mix_out(images, out, *inputs, *settings))
+    if in_place and out is not None:
+        return Mixed(out, *module.mix_inplace(images, *inputs, settings))
+    place = torch.empty_like(images, dtype=dtype) if out is None else out
+    return Mixed(place, *module.mix(images, labels, place, *inputs[1:], settings))
+
+
+def unpack_label_maps(
+    packed: Tensor, maps: Tensor | None, boxes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values, class numbers, crops and labels of a packed batch [B, 3, k, h, w], as views of it.
+
+    Plane 0 holds the values, plane 1 the class numbers; the first row of plane 2 holds (top, left, height, width),
+    relative to the image, and at position 5 the image's label.
+    """
+    if maps is not None or boxes is not None:
+        raise ValueError("maps and boxes must not be given where labels is a packed label-map batch, which holds both")
+    if packed.shape[1] != 3 or packed.shape[4] < 6:
+        raise ValueError(f"labels must be [B] or a packed [B, 3, k, h, w] with w >= 6, got {list(packed.shape)}")
+    if packed.dtype != torch.float32:
+        raise TypeError(f"packed label maps must be float32: half floats round class numbers, got {packed.dtype}")
+    return packed[:, 0], packed[:, 1], packed[:, 2, 0, 0, :4], packed[:, 2, 0, 0, 5]
