@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from .config import parse
-from .loop import NonFiniteLoss, replay, train
+from .guard import NonFiniteLoss, replay
+from .loop import train
 
 
 def main() -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """States of every generator that a training step could draw from, as tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = cast("tuple[str, Any, int, int, float]", np.random.get_state())
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
@@ -88,3 +89,8 @@ def gather(value: Any) -> Sequence[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def plain_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as a dict that a checkpoint or a JSON file can hold."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 from torchvision import datasets
 
 from tokenmix_kernels.bank import MapBank, dataset_digest
+from tokenmix_kernels.maps import folder_digest
 from tokenmix_kernels.transforms import EvalTransform, TrackedTransform
 
 
@@ -56,6 +58,17 @@ def to_device(batch: Batch, device: torch.device, channels_last: bool = False) -
     return moved._replace(images=moved.images.contiguous(memory_format=torch.channels_last)) if channels_last else moved
 
 
+@lru_cache(maxsize=1)
+def _elpv_arrays() -> tuple[Any, Any, Any]:
+    """(images [N, 300, 300] uint8, defect probabilities [N], cell types [N]), read from the package once."""
+    if find_spec("elpv_dataset") is None:
+        raise ValueError("--data elpv needs the package elpv-dataset: pip install 'tokenmix_kernels[demo]'")
+    from elpv_dataset.utils import load_dataset
+
+    arrays: tuple[Any, Any, Any] = load_dataset()
+    return arrays
+
+
 class ElpvCells(Dataset[tuple[Image.Image, int]]):
     """Electroluminescence photographs of solar cells (elpv-dataset), 4 classes: defect x cell type.
 
@@ -69,17 +82,13 @@ class ElpvCells(Dataset[tuple[Image.Image, int]]):
     classes = ("mono", "mono defective", "poly", "poly defective")
 
     def __init__(self, split: str) -> None:
-        if find_spec("elpv_dataset") is None:
-            raise ValueError("--data elpv needs the package elpv-dataset: pip install 'tokenmix_kernels[demo]'")
-        from elpv_dataset.utils import load_dataset
-
-        images, probabilities, types = load_dataset()  # [N, 300, 300] uint8
+        images, probabilities, types = _elpv_arrays()
         labels = 2 * (types == "poly").astype(np.int64) + (probabilities >= 0.5)
         validation = np.zeros(len(labels), dtype=bool)
         for label in range(len(self.classes)):
             validation[np.flatnonzero(labels == label)[::5]] = True
         chosen = np.flatnonzero(validation if split == "val" else ~validation)
-        self.images = images[chosen]
+        self.images, self.rows = images, chosen
         self.targets: list[int] = labels[chosen].tolist()
         self.names = [f"cell{index + 1:04d}.png" for index in chosen]
 
@@ -87,7 +96,7 @@ class ElpvCells(Dataset[tuple[Image.Image, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]).convert("RGB"), self.targets[index]
+        return Image.fromarray(self.images[self.rows[index]]).convert("RGB"), self.targets[index]
 
 
 @dataclass
@@ -142,9 +151,7 @@ def load_data(args: argparse.Namespace) -> Data:
         if folder.classes != val_folder.classes:
             raise ValueError(f"{root / 'train'} has {len(folder.classes)} classes and {root / 'val'} "
                              f"{len(val_folder.classes)}, or they are named differently")
-        names = [Path(path).relative_to(folder.root).as_posix() for path, _ in folder.samples]
-        return Data(str(root), folder, val_folder, folder.classes, folder.targets,
-                    dataset_digest(names, folder.targets), mean, std)
+        return Data(str(root), folder, val_folder, folder.classes, folder.targets, folder_digest(folder), mean, std)
     kind = datasets.CIFAR10 if args.data == "cifar10" else datasets.CIFAR100
     cifar, cifar_val = kind(root, train=True, download=True), kind(root, train=False, download=True)
     digest = dataset_digest([str(index) for index in range(len(cifar))], cifar.targets)
@@ -211,7 +218,7 @@ class EpochOrder(Sampler[tuple[int, int, int]]):
         if args.repeated_aug:
             self.sampler = RepeatAugSampler(data.train, num_replicas=world, rank=rank)
         else:
-            self.sampler = DistributedSampler(data.train, num_replicas=world, rank=rank, drop_last=len(data.train) >= world)
+            self.sampler = DistributedSampler(data.train, world, rank, drop_last=len(data.train) >= world)
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         self.sampler.set_epoch(self.seed * 100_003 + self.epoch)

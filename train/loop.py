@@ -30,6 +30,7 @@ from tokenmix_kernels import TokenMix
 
 from . import checkpoint
 from .data import Batch, Data, EpochLoader, load_data, to_device
+from .guard import stop_at
 from .meters import StepTimer, write_records
 from .teacher import Evidence, make_evidence
 
@@ -38,10 +39,6 @@ FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 # What decides the numbers of a run; a resumed run must agree in these.
 IDENTITY = ("model", "model_kwargs", "input_size", "batch_size", "accumulate", "epochs", "opt", "lr", "seed", "data",
             "mixer", "repeated_aug", "max_steps")
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient was not finite; the message names the file with which to replay the step."""
 
 
 @dataclass
@@ -127,7 +124,7 @@ def build(args: argparse.Namespace) -> Run:
     data = load_data(args)
     model = make_model(args, len(data.classes))
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = model.to(device=device, memory_format=memory_format)
+    model = model.to(device).to(memory_format=memory_format)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     patch_size = args.patch_size or (patch[0] if patch else 16)
 
@@ -138,11 +135,14 @@ def build(args: argparse.Namespace) -> Run:
                          f"fewer than --accumulate {args.accumulate}: use a smaller --batch-size")
 
     guarded = args.opt in FUSED
-    extra = {"betas": tuple(args.opt_betas)} if args.opt_betas else {}
+    options: dict[str, Any] = {"fused": True} if guarded else {}
+    if "adam" in args.opt:
+        options["eps"] = args.opt_eps
+    if args.opt_betas:
+        options["betas"] = tuple(args.opt_betas)
     scale = 1.0 if args.unscale_lr else args.batch_size * args.accumulate * world / 512
     optimizer = create_optimizer_v2(
-        model, opt=args.opt, lr=args.lr * scale, weight_decay=args.weight_decay, momentum=args.momentum,
-        **({"fused": True} if guarded else {}), **({"eps": args.opt_eps} if "adam" in args.opt else {}), **extra)
+        model, opt=args.opt, lr=args.lr * scale, weight_decay=args.weight_decay, momentum=args.momentum, **options)
     steps = min(loader.steps, args.max_steps) if args.max_steps else loader.steps
     scheduler, _ = create_scheduler_v2(
         optimizer, args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr,
@@ -184,7 +184,8 @@ def make_mixer(args: argparse.Namespace, data: Data, patch_size: int) -> TokenMi
     mix = TokenMix(
         **alphas, **masks, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
         label_smoothing=args.smoothing, num_classes=len(data.classes), patch_size=patch_size,
-        mean=data.mean, std=data.std, out_dtype=torch.bfloat16 if args.amp else torch.float32)
+        mean=[255 * value for value in data.mean], std=[255 * value for value in data.std],
+        out_dtype=torch.bfloat16 if args.amp else torch.float32)
     mix.mixup_enabled = args.mixer != "none"
     return mix
 
@@ -224,8 +225,8 @@ def train_epoch(run: Run, progress: Progress, bar: tqdm, timer: StepTimer) -> No
         batch = to_device(host_batch, device, args.channels_last)
         timer.mark("data")
         # Gradients are exchanged between processes once per update.
-        together = run.net.no_sync() if run.world > 1 and not last_of_update else nullcontext()
-        with together:
+        net = run.net
+        with net.no_sync() if isinstance(net, DistributedDataParallel) and not last_of_update else nullcontext():
             loss = forward(run, batch, seed, timer)
             (loss / args.accumulate).backward()
         loss_sum += loss.detach()
@@ -264,18 +265,6 @@ def train_epoch(run: Run, progress: Progress, bar: tqdm, timer: StepTimer) -> No
             timer.start()
 
 
-def stop_at(run: Run, trace: list[dict[str, Any]], update: int) -> None:
-    """Save what is needed to repeat an update that was not finite, and stop all processes."""
-    steps = checkpoint.gather([entry for entry in trace if entry["update"] == update])
-    first = steps[0][0]
-    path = Path(run.args.output) / f"nonfinite-{first['epoch']}-{first['step']}.pt"
-    if run.rank == 0:
-        checkpoint.save({"args": plain_args(run.args), "model": run.model.state_dict(), "steps": list(steps)}, path)
-    raise NonFiniteLoss(
-        f"loss or gradient not finite in epoch {first['epoch']}, step {first['step']} (mixing seed {first['seed']}).\n"
-        f"Weights, seed and image ids are in {path}; to look into it: python -m train --replay {path}")
-
-
 @torch.no_grad()
 def evaluate(run: Run, model: nn.Module) -> dict[str, float]:
     """Top-1, top-5 (where there are more than 5 classes) in percent, and cross entropy, over all processes."""
@@ -300,17 +289,13 @@ def evaluate(run: Run, model: nn.Module) -> dict[str, float]:
     return scores if many else {key: value for key, value in scores.items() if key != "top5"}
 
 
-def plain_args(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
-
-
 def save_checkpoint(run: Run, progress: Progress) -> None:
     """last.pt: everything that the rest of the run depends on."""
     states = checkpoint.gather(checkpoint.rng_state(run.device))
     if run.rank:
         return
     checkpoint.save({
-        "args": plain_args(run.args), "world": run.world, "progress": vars(progress), "rng": list(states),
+        "args": checkpoint.plain_args(run.args), "world": run.world, "progress": vars(progress), "rng": list(states),
         "mixing_seed": run.args.seed, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(), "ema": run.ema.module.state_dict() if run.ema else None,
     }, Path(run.args.output) / "last.pt")
@@ -323,7 +308,7 @@ def resume(run: Run, path: Path) -> Progress:
         ValueError: the checkpoint belongs to another run.
     """
     state = checkpoint.load(path)
-    now = plain_args(run.args)
+    now = checkpoint.plain_args(run.args)
     other = [f"--{key.replace('_', '-')} {state['args'][key]} (now {now[key]})"
              for key in IDENTITY if state["args"][key] != now[key]]
     if state["world"] != run.world:
@@ -362,7 +347,7 @@ def end_epoch(run: Run, progress: Progress, seconds: float, board: Any) -> None:
         return
     write_records(progress.history, Path(args.output))
     if improved and args.keep_best:
-        checkpoint.save({"args": plain_args(args), "epoch": record["epoch"], "record": record,
+        checkpoint.save({"args": checkpoint.plain_args(args), "epoch": record["epoch"], "record": record,
                          "model": run.model.state_dict(), "ema": run.ema.module.state_dict() if run.ema else None},
                         Path(args.output) / "best.pt")
     if board:
@@ -399,7 +384,7 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     board = None
     if run.rank == 0:
-        checkpoint.write_lines([json.dumps(plain_args(args), indent=1)], output / "args.json")
+        checkpoint.write_lines([json.dumps(checkpoint.plain_args(args), indent=1)], output / "args.json")
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an optional dependency
 
@@ -426,9 +411,10 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
 def describe(run: Run) -> str:
     """What is trained on what, in two lines."""
     args, weights = run.args, sum(parameter.numel() for parameter in run.model.parameters())
+    processes = f" on {run.world} processes" if run.world > 1 else ""
     return (f"{args.model}, {weights / 1e6:.2f} M weights, on {run.data.describe()}\n"
-            f"{args.epochs} epochs of {run.steps_per_epoch()} steps of {args.batch_size} images x {run.world} process(es) "
-            f"on {run.device}; mixer {args.mixer}, targets from {run.evidence.describe()}")
+            f"{args.epochs} epochs of {run.steps_per_epoch()} steps of {args.batch_size} images{processes}, "
+            f"device {run.device}\nmixer {args.mixer}, targets from {run.evidence.describe()}")
 
 
 def finish(run: Run, progress: Progress, timer: StepTimer, seconds: float) -> None:
@@ -445,41 +431,5 @@ def finish(run: Run, progress: Progress, timer: StepTimer, seconds: float) -> No
     if run.args.picture:
         from .picture import mix_picture
 
-        print(f"picture     {mix_picture(run, output / 'mix.png')}")
-
-
-def replay(args: argparse.Namespace) -> None:
-    """Repeat the steps of a nonfinite-*.pt file and print where the first value that is not finite appears."""
-    state = checkpoint.load(args.replay)
-    saved = argparse.Namespace(**{**vars(args), **state["args"], "device": args.device, "output": args.output})
-    saved.compile, saved.num_workers = False, 0
-    run = build(saved)
-    run.model.load_state_dict(state["model"])
-    run.net.train()
-    first: list[str] = []
-
-    def watch(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-                first.append(name)
-
-        return hook
-
-    for name, module in run.model.named_modules():
-        module.register_forward_hook(watch(name or type(run.model).__name__))
-    for rank, steps in enumerate(state["steps"]):
-        for entry in steps:
-            batch = to_device(run.loader.batch(entry["epoch"], entry["positions"], entry["ids"]), run.device,
-                              saved.channels_last)
-            checkpoint.set_rng_state(entry["rng"], run.device)
-            first.clear()
-            loss = forward(run, batch, entry["seed"], rank=rank)
-            loss.backward()
-            gradients = [name for name, p in run.model.named_parameters()
-                         if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-            weights = [name for name, p in run.model.named_parameters() if not bool(torch.isfinite(p).all())]
-            print(f"epoch {entry['epoch']}, step {entry['step']}, rank {rank}, mixing seed {entry['seed']}\n"
-                  f"  image ids {entry['ids'].tolist()}\n  loss {loss.item()}\n"
-                  f"  first module whose output is not finite: {first[0] if first else 'none'}\n"
-                  f"  weights that are not finite: {', '.join(weights) or 'none'}\n"
-                  f"  gradients that are not finite: {len(gradients)} of {len(list(run.model.parameters()))}")
+        picture = mix_picture(run, output / "mix.png")
+        print(f"picture     {picture or 'none: this mixer has no token masks'}")

@@ -1,0 +1,80 @@
+"""Small synthetic data and small models for the trainer's tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tokenmix_kernels.bank import MapBankWriter
+from tokenmix_kernels.maps import folder_digest
+
+ROOT = Path(__file__).parents[1]
+MODEL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
+
+
+def make_folder(root: Path, classes: int, train: int, val: int, size: tuple[int, int] = (40, 48)) -> Path:
+    """train/ and val/ of noise images whose mean depends on the class."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                low = 200 * label // classes
+                pixels = rng.integers(low, low + 56, (*size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+def make_bank(path: Path, dataset: Any, grid: tuple[int, int] = (5, 6)) -> Path:
+    """A bank of random maps for an ImageFolder."""
+    count = len(dataset)
+    maps = torch.rand(count, *grid, generator=torch.Generator().manual_seed(0)) ** 4
+    with MapBankWriter.create(path, count, grid, dataset.targets, torch.full((count, 2), 40), "random",
+                              folder_digest(dataset)) as writer:
+        writer.write(torch.arange(count), maps)
+        writer.finish()
+    return path
+
+
+def tiny(folder: Path, output: Path, *more: str) -> list[str]:
+    """Arguments of a run that takes a second."""
+    return [
+        "--data", "imagefolder", "--data-path", str(folder), "--output", str(output), "--model-kwargs",
+        json.dumps(MODEL), "--model", "deit_tiny_patch16_224", "--input-size", "32", "--batch-size", "8", "--epochs",
+        "2", "--warmup-epochs", "1", "--minimum-tokens", "2", "--num-workers", "0", "--threads", "1", "--lr", "1e-3",
+        "--unscale-lr", "--model-ema-warmup", "--device", "cpu", "--mixup-mode", "elem", "--no-picture", *more,
+    ]  # fmt: skip
+
+
+def start(arguments: Sequence[str], processes: int = 1, script: Path | None = None) -> subprocess.Popen[str]:
+    """`python -m train ...` or its torchrun twin."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(script)] if script else ["-m", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 100) -> str:
+    """Output of a run that must succeed."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it; torchrun puts its own into sessions of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(member for child in children for member in family(int(child)))]
