@@ -37,7 +37,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("images"), classes=4, train=12, val=3)
+    return make_folder(tmp_path_factory.mktemp("images"), classes=4, train=32, val=3)
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +172,14 @@ def test_nonfinite_loss_stops_and_replays(
 def test_accumulated_steps_are_one_large_step(folder: Path, tmp_path: Path) -> None:
     weights = []
     for name, settings in (("one", ["--batch-size", "16"]), ("two", ["--batch-size", "8", "--accumulate", "2"])):
-        train(parse(tiny(folder, tmp_path / name, *settings, "--mixer", "none", "--epochs", "1", "--drop-path", "0")))
+        train(parse(tiny(folder, tmp_path / name, *settings, "--mixer", "none", "--epochs", "1", "--drop-path", "0",
+                         "--opt", "sgd", "--lr", "0.05", "--warmup-epochs", "0")))
         weights.append(checkpoint.load(tmp_path / name / "last.pt")["model"])
+    torch.manual_seed(0)
+    before = build(parse(tiny(folder, tmp_path / "unused"))).model.state_dict()
+    assert (weights[0]["head.weight"] - before["head.weight"]).abs().max() > 1e-2, "nothing was learned"
     for key, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(value, weights[1][key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mixer", ["cutmix", "mixup", "none"])
@@ -227,7 +231,7 @@ def test_bad_arguments_get_a_sentence(folder: Path, bank: Path, tmp_path: Path) 
         train(parse(tiny(tmp_path, tmp_path / "b")))
     with pytest.raises(ValueError, match="--batch-size 800"):
         train(parse(tiny(folder, tmp_path / "c", "--batch-size", "800")))
-    other = make_folder(tmp_path / "other", classes=4, train=11, val=1)
+    other = make_folder(tmp_path / "other", classes=4, train=31, val=1)
     with pytest.raises(ValueError, match="bank of another data set"):
         train(parse(tiny(other, tmp_path / "d", "--maps", str(bank))))
     train(parse(tiny(folder, tmp_path / "e", "--epochs", "1", "--max-steps", "1")))

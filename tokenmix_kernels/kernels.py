@@ -36,6 +36,8 @@ K_BATCH = tl.constexpr(BATCH)
 K_PAIR = tl.constexpr(PAIR)
 K_RATIO_MASK = tl.constexpr((1 << RATIO_BITS) - 1)
 K_BETA_BITS = tl.constexpr(BETA_BITS)
+SHIFTED = tl.constexpr(1 << 16)
+K_NONE = tl.constexpr(0x7FFF0000)
 
 
 @triton.constexpr_function
@@ -133,6 +135,36 @@ def popcount(bits):
 
 
 @triton.jit
+def try_four(
+    area, factors, place, mask, remaining, left, first_row, j,
+    GH: tl.constexpr, GW: tl.constexpr, AREA_BITS: tl.constexpr, WORD_ROWS: tl.constexpr, WORD: tl.constexpr,
+):  # fmt: skip
+    """One window of four tries: the new mask [4, WORDS], tokens that remain, and tries left in a row (times 2**16)."""
+    HALF: tl.constexpr = power_of_2(13 + AREA_BITS // 2)
+    SHIFT: tl.constexpr = 14 + AREA_BITS // 2
+    area = power_of_2(AREA_BITS) + (remaining - 1) * area
+    side = tl.sqrt_rn(area.to(tl.float32)).to(tl.int32)
+    h = (side * (factors & 0xFFFF) + HALF) >> SHIFT
+    w = (side * (factors >> 16) + HALF) >> SHIFT
+    top = tl.umulhi(place, (GH + 1 - h).to(tl.uint32)).to(tl.int32)
+    column = tl.umulhi(place << 16, (GW + 1 - w).to(tl.uint32)).to(tl.int32)
+    columns = ((((mask ^ mask) + 1) << w.to(WORD)) - 1) << column.to(WORD)
+    bits = mask ^ mask
+    for r in tl.static_range(WORD_ROWS):
+        inside = (first_row + (r - top)).to(tl.uint32, bitcast=True) < h.to(tl.uint32)
+        bits = bits | tl.where(inside, columns << (r * GW), 0)
+    new = tl.sum(popcount((bits | mask) ^ mask), 1)[:, None]  # [4, 1]
+    fits = (h < GH) & (w < GW) & ((new - 1).to(tl.uint32, bitcast=True) < remaining.to(tl.uint32, bitcast=True))
+    key = tl.min(tl.ravel(tl.where(fits, j * SHIFTED + new, K_NONE)), 0)
+    key = tl.where(key < left, key, K_NONE)
+    winner = tl.where(j == key >> 16, bits, 0)
+    mask = mask | tl.reduce_or(winner, 0)[None, :]
+    remaining -= key & 0xFFFF
+    left = tl.where(key == K_NONE, left - 4 * SHIFTED, 10 * SHIFTED)
+    return mask, remaining, left
+
+
+@triton.jit
 def block_mask(
     seed_low, seed_high, sample, tokens, ratio_table,
     GH: tl.constexpr, GW: tl.constexpr, AREA_BITS: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr,
@@ -148,51 +180,29 @@ def block_mask(
     word = tl.arange(0, WORDS)[None, :]
     first_row = word * WORD_ROWS + j * 0  # [4, WORDS]
     mask = (word + j).to(WORD) * 0
-    none = word * 0 + j * 0
-    covered = tl.zeros([], tl.int32)
-    failed = tl.zeros([], tl.int32)
+    remaining = tokens
+    left = tl.full([], 10 * SHIFTED, tl.int32)
     draws = word * 4 + j
-    HALF: tl.constexpr = power_of_2(13 + AREA_BITS // 2)
-    SMALLEST: tl.constexpr = power_of_2(AREA_BITS)
-    SHIFT: tl.constexpr = 14 + AREA_BITS // 2
-    while (covered < tokens) & (failed < 3):
+    while (remaining > 0) & (left > 0):
         size_a, place_a, size_b, place_b = philox(seed_low, seed_high, sample, draws, K_TRIES)
         factors_a = tl.load(ratio_table + (size_a & K_RATIO_MASK).to(tl.int32))
         factors_b = tl.load(ratio_table + (size_b & K_RATIO_MASK).to(tl.int32))
         area_a = (size_a >> (32 - AREA_BITS)).to(tl.int32)
         area_b = (size_b >> (32 - AREA_BITS)).to(tl.int32)
-        window = tl.zeros([], tl.int32)
-        while (window < 2 * WORDS) & (covered < tokens) & (failed < 3):
-            remaining = tokens - covered
-            tries = tl.where(failed < 2, 4, 2)
-            second = (window & 1) == 1
-            lane = none + (window >> 1)
-            area = tl.gather(tl.where(second, area_b, area_a), lane, 1)
-            factors = tl.gather(tl.where(second, factors_b, factors_a), lane, 1)
-            place = tl.gather(tl.where(second, place_b, place_a), lane, 1)
-            area = SMALLEST + (remaining - 1) * area
-            side = tl.sqrt_rn(area.to(tl.float32)).to(tl.int32)
-            h = (side * (factors & 0xFFFF) + HALF) >> SHIFT
-            w = (side * (factors >> 16) + HALF) >> SHIFT
-            top = tl.umulhi(place, (GH + 1 - h).to(tl.uint32)).to(tl.int32)
-            left = tl.umulhi(place << 16, (GW + 1 - w).to(tl.uint32)).to(tl.int32)
-            columns = ((none.to(WORD) + 1) << w.to(WORD)) - 1
-            columns = columns << left.to(WORD)
-            bits = none.to(WORD)
-            for r in tl.static_range(WORD_ROWS):
-                inside = (first_row + (r - top)).to(tl.uint32, bitcast=True) < h.to(tl.uint32)
-                bits = bits | tl.where(inside, columns << (r * GW), 0)
-            new = tl.sum(popcount((bits | mask) ^ mask), 1)[:, None]  # [4, 1]
-            fits = (h < GH) & (w < GW) & (new > 0) & (new <= remaining) & (j < tries)
-            key = tl.min(tl.ravel(tl.where(fits, (j << 16) | new, 0x7FFFFFFF)), 0)
-            taken = key != 0x7FFFFFFF
-            winner = none + ((key >> 16) & 3)
-            mask = mask | tl.where(taken, tl.gather(bits, winner, 0), 0)
-            covered += tl.where(taken, key & 0xFFFF, 0)
-            failed = tl.where(taken, 0, failed + 1)
-            window += 1
+        step = 0
+        while (step < WORDS) & (remaining > 0) & (left > 0):
+            lane = step + word * 0 + j * 0
+            mask, remaining, left = try_four(
+                tl.gather(area_a, lane, 1), tl.gather(factors_a, lane, 1), tl.gather(place_a, lane, 1),
+                mask, remaining, left, first_row, j, GH, GW, AREA_BITS, WORD_ROWS, WORD,
+            )  # fmt: skip
+            mask, remaining, left = try_four(
+                tl.gather(area_b, lane, 1), tl.gather(factors_b, lane, 1), tl.gather(place_b, lane, 1),
+                mask, remaining, left, first_row, j, GH, GW, AREA_BITS, WORD_ROWS, WORD,
+            )  # fmt: skip
+            step += 1
         draws += 4 * WORDS
-    return mask, covered
+    return mask, tokens - remaining
 
 
 @triton.jit
@@ -329,7 +339,8 @@ def row_bits(words, row, WORD_ROWS: tl.constexpr, GW: tl.constexpr, WORDS: tl.co
     """The tokens of one grid row, as bits of a scalar word."""
     word = tl.arange(0, WORDS)[None, :]
     first = tl.arange(0, 4)[:, None] == 0
-    mine = tl.where(first & (word == row // WORD_ROWS), words, 0)
+    row = row.to(tl.uint32)
+    mine = tl.where(first & (word == (row // WORD_ROWS).to(tl.int32)), words, 0)
     return tl.xor_sum(tl.ravel(mine), 0) >> ((row % WORD_ROWS) * GW).to(words.dtype)
 
 
@@ -355,36 +366,127 @@ def finish(pixels, mean, rstd, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def inside_rectangle(
-    column, y, top, bottom, left, right, VEC: tl.constexpr, CHANNELS: tl.constexpr
-):  # fmt: skip
-    """Which pixels of a tile lie in a rectangle, and whether any or all of each VEC neighbours do, as [LINES, COLS]."""
-    rows = (y >= top) & (y < bottom)
-    chunk = (column // VEC) * VEC
-    first, last = chunk // CHANNELS, (chunk + VEC - 1) // CHANNELS
-    x = column // CHANNELS
-    exact = (x >= left) & (x < right)
-    some = (last >= left) & (first < right)
-    whole = (first >= left) & (last < right)
-    return rows & exact, rows & some, rows & whole
+def token_bit(bits, column, SPAN: tl.constexpr):
+    """Whether each of a row's columns belongs to a masked token of SPAN columns."""
+    return ((bits >> (column // SPAN).to(bits.dtype)) & 1) != 0
 
 
 @triton.jit
-def mix_pixels(
+def take_tokens(
+    images, out, i, j, row, bits, images_stride, out_stride, mean, rstd,
+    C: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    OC: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, COLS: tl.constexpr,
+    LINES: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """One row of tokens of out[i], each from images[i] or images[j].
+
+    A tile is LINES lines of pixels by COLS neighbours in memory. The source of each VEC neighbours is found once for all
+    channels and lines, so that what is left is one load and one store. Where nothing is converted, PACK values
+    move as one 64-bit word.
+    """
+    if PACK > 1:
+        images = images.to(tl.pointer_type(tl.int64), bitcast=True)
+        out = out.to(tl.pointer_type(tl.int64), bitcast=True)
+    SPAN: tl.constexpr = (P * C if NHWC else P) // PACK
+    WIDTH: tl.constexpr = (W * C if NHWC else W) // PACK
+    PLANES: tl.constexpr = 1 if NHWC else C
+    STEP: tl.constexpr = 1 if NHWC else SW
+    OUT_STEP: tl.constexpr = 1 if NHWC else OW
+    LINE: tl.constexpr = SH // PACK
+    OUT_LINE: tl.constexpr = OH // PACK
+    BLOCK: tl.constexpr = COLS // PACK
+    NEAR: tl.constexpr = VEC // PACK
+    line = tl.arange(0, LINES)[:, None]
+    images_stride, out_stride = images_stride.to(tl.int64) // PACK, out_stride.to(tl.int64) // PACK
+    own_row = i * images_stride + row.to(tl.int64) * (P * LINE)
+    other_row = j * images_stride + row.to(tl.int64) * (P * LINE)
+    out_row = i * out_stride + row.to(tl.int64) * (P * OUT_LINE)
+    for block in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
+        column = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+        # Lanes beyond the edge read the last neighbours again: cheaper than a predicate, which needs zeros beside it.
+        within = column % NEAR + tl.minimum(column - column % NEAR, WIDTH - NEAR)
+        source = tl.where(token_bit(bits, column, SPAN), other_row, own_row) + within * STEP
+        source = tl.max_contiguous(tl.multiple_of(source, NEAR), NEAR)
+        place = tl.max_contiguous(tl.multiple_of(out_row + column * OUT_STEP, NEAR), NEAR)
+        valid = ((column < WIDTH) if WIDTH % BLOCK != 0 else (column >= 0))[None, :] & (line < P)
+        for plane in tl.static_range(PLANES):
+            offset, scale = None, None
+            if mean is not None:
+                channel = column % C if NHWC else plane
+                offset, scale = tl.load(mean + channel), tl.load(rstd + channel)
+            at = plane * (SC // PACK) + tl.minimum(line, P - 1) * LINE
+            taken = finish(tl.load(images + source[None, :] + at), offset, scale, out.dtype.element_ty)
+            tl.store(out + place[None, :] + (plane * (OC // PACK) + line * OUT_LINE), taken, valid)
+
+
+@triton.jit
+def swap_tokens(
+    images, i, j, row, bits, bits_j, images_stride,
+    C: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    NHWC: tl.constexpr, VEC: tl.constexpr, COLS: tl.constexpr, LINES: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """One row of tokens of a pair in place: `bits` go from images[j] to images[i], `bits_j` the other way."""
+    if PACK > 1:
+        images = images.to(tl.pointer_type(tl.int64), bitcast=True)
+    SPAN: tl.constexpr = (P * C if NHWC else P) // PACK
+    WIDTH: tl.constexpr = (W * C if NHWC else W) // PACK
+    PLANES: tl.constexpr = 1 if NHWC else C
+    STEP: tl.constexpr = 1 if NHWC else SW
+    LINE: tl.constexpr = SH // PACK
+    BLOCK: tl.constexpr = COLS // PACK
+    NEAR: tl.constexpr = VEC // PACK
+    line = tl.arange(0, LINES)[:, None]
+    images_stride = images_stride.to(tl.int64) // PACK
+    own_row = i * images_stride + row.to(tl.int64) * (P * LINE)
+    other_row = j * images_stride + row.to(tl.int64) * (P * LINE)
+    for block in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
+        column = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+        own_at = tl.max_contiguous(tl.multiple_of(own_row + column * STEP, NEAR), NEAR)
+        other_at = tl.max_contiguous(tl.multiple_of(other_row + column * STEP, NEAR), NEAR)
+        valid = ((column < WIDTH) if WIDTH % BLOCK != 0 else (column >= 0))[None, :] & (line < P)
+        to_own = valid & token_bit(bits, column, SPAN)[None, :]
+        to_other = valid & token_bit(bits_j, column, SPAN)[None, :]
+        for plane in tl.static_range(PLANES):
+            at = plane * (SC // PACK) + line * LINE
+            own = tl.load(images + own_at[None, :] + at, to_other)
+            other = tl.load(images + other_at[None, :] + at, to_own)
+            tl.store(images + own_at[None, :] + at, other, to_own)
+            tl.store(images + other_at[None, :] + at, own, to_other)
+
+
+@triton.jit
+def source_pixels(
+    kind, bits, column, y, top, bottom, left, right,
+    SPAN: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, MASK_TYPE: tl.constexpr,
+):  # fmt: skip
+    """What a tile needs of the partner [LINES, COLS]: exactly which pixels, and which VEC neighbours in part and in whole."""
+    if MASK_TYPE == K_CUTMIX:
+        rows = (y >= top) & (y < bottom)
+        chunk = (column // VEC) * VEC
+        first, last = chunk // CHANNELS, (chunk + VEC - 1) // CHANNELS
+        x = column // CHANNELS
+        exact = rows & ((x >= left) & (x < right))[None, :]
+        some = rows & ((last >= left) & (first < right))[None, :]
+        whole = rows & ((first >= left) & (last < right))[None, :]
+    else:
+        exact = (y >= 0) & token_bit(bits, column, SPAN)[None, :]
+        some, whole = exact, exact
+    return exact, some | (kind == K_MIXUP), whole & (kind != K_MIXUP)
+
+
+@triton.jit
+def blend_pixels(
     images, out, i, j, row, kind, lam, bits, top, bottom, left, right, kind_j, lam_j, bits_j, top_j, bottom_j, left_j,
     right_j, images_stride, out_stride, mean, rstd,
     C: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     OC: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, COLS: tl.constexpr,
     LINES: tl.constexpr, MASK_TYPE: tl.constexpr, HAS_MIXUP: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """One row of tokens: out[i] from images[i] and images[j]; in place the pair's other half too (names with _j).
-
-    A tile is LINES lines of pixels by COLS neighbours in memory. The token bit and with it the source of each VEC
-    neighbours are found once for all channels and lines, so that what is left is one load and one store.
-    """
+    """One row of tokens where a pixel may need both images: Mixup and rectangles; in place both halves of a pair (_j)."""
+    SPAN: tl.constexpr = P * C if NHWC else P
     CHANNELS: tl.constexpr = C if NHWC else 1
+    WIDTH: tl.constexpr = W * C if NHWC else W
     PLANES: tl.constexpr = 1 if NHWC else C
-    WIDTH: tl.constexpr = W * CHANNELS
     STEP: tl.constexpr = 1 if NHWC else SW
     OUT_STEP: tl.constexpr = 1 if NHWC else OW
     line = tl.arange(0, LINES)[:, None]
@@ -394,69 +496,45 @@ def mix_pixels(
     out_row = i * out_stride + row.to(tl.int64) * (P * OH)
     for block in tl.static_range((WIDTH + COLS - 1) // COLS):
         column = block * COLS + tl.arange(0, COLS)  # [COLS]
-        bit = ((bits >> (column // (P * CHANNELS)).to(bits.dtype)) & 1) != 0
-        valid = ((column < WIDTH) if WIDTH % COLS != 0 else (column >= 0))[None, :]
-        if LINES != P:
-            valid = valid & (line < P)
-        if MASK_TYPE == K_CUTMIX:
-            exact, some, whole = inside_rectangle(column[None, :], y, top, bottom, left, right, VEC, CHANNELS)
-        else:
-            exact = bit[None, :]
-            some, whole = exact, exact
-        if IN_PLACE:
-            bit_j = ((bits_j >> (column // (P * CHANNELS)).to(bits_j.dtype)) & 1) != 0
-            if MASK_TYPE == K_CUTMIX:
-                exact_j, some_j, whole_j = inside_rectangle(
-                    column[None, :], y, top_j, bottom_j, left_j, right_j, VEC, CHANNELS
-                )
-            else:
-                exact_j = bit_j[None, :]
-                some_j, whole_j = exact_j, exact_j
-            blends, blends_j = kind == K_MIXUP, kind_j == K_MIXUP
-            changed, changed_j = valid & (some | blends), valid & (some_j | blends_j)
-            wants_own = changed_j | (changed & (blends | ~whole))
-            wants_other = changed | (changed_j & (blends_j | ~whole_j))
         own_at = tl.max_contiguous(tl.multiple_of(own_row + column * STEP, VEC), VEC)
         other_at = tl.max_contiguous(tl.multiple_of(other_row + column * STEP, VEC), VEC)
-        out_at = tl.max_contiguous(tl.multiple_of(out_row + column * OUT_STEP, VEC), VEC)
-        from_at = tl.max_contiguous(tl.multiple_of(tl.where(bit, other_row, own_row) + column * STEP, VEC), VEC)
+        place = tl.max_contiguous(tl.multiple_of(out_row + column * OUT_STEP, VEC), VEC)
+        valid = ((column < WIDTH) if WIDTH % COLS != 0 else (column >= 0))[None, :] & (line < P)
+        exact, some, whole = source_pixels(
+            kind, bits, column, y, top, bottom, left, right, SPAN, CHANNELS, VEC, MASK_TYPE
+        )  # fmt: skip
+        to_own, keeps_own = valid & some, valid & ~whole
+        if IN_PLACE:
+            exact_j, some_j, whole_j = source_pixels(
+                kind_j, bits_j, column, y, top_j, bottom_j, left_j, right_j, SPAN, CHANNELS, VEC, MASK_TYPE
+            )  # fmt: skip
+            to_other, keeps_other = valid & some_j, valid & ~whole_j
         for plane in tl.static_range(PLANES):
-            at = plane * SC + line * SH  # [LINES, 1]
-            place = out + out_at[None, :] + (plane * OC + line * OH)
-            if mean is None:
-                offset, scale = None, None
-            elif NHWC:
-                offset, scale = tl.load(mean + column % C)[None, :], tl.load(rstd + column % C)[None, :]
-            else:
-                offset, scale = tl.load(mean + plane), tl.load(rstd + plane)
+            offset, scale = None, None
+            if mean is not None:
+                channel = column % C if NHWC else plane
+                offset, scale = tl.load(mean + channel), tl.load(rstd + channel)
+            at = plane * SC + line * SH
+            own_place, other_place = images + own_at[None, :] + at, images + other_at[None, :] + at
             if IN_PLACE:
-                own_place, other_place = images + own_at[None, :] + at, images + other_at[None, :] + at
-                own = tl.load(own_place, wants_own, 0)
-                other = tl.load(other_place, wants_other, 0)
-                value = tl.where(exact, other, own)
-                value_j = tl.where(exact_j, own, other)
+                own = tl.load(own_place, (to_own & keeps_own) | to_other, 0)
+                other = tl.load(other_place, (to_other & keeps_other) | to_own, 0)
+                value, value_j = tl.where(exact, other, own), tl.where(exact_j, own, other)
                 if HAS_MIXUP:
-                    value = tl.where(blends, finish(blend(own, other, lam), None, None, own.dtype), value)
-                    value_j = tl.where(blends_j, finish(blend(other, own, lam_j), None, None, own.dtype), value_j)
-                tl.store(own_place, value, changed)
-                tl.store(other_place, value_j, changed_j)
-            elif MASK_TYPE == K_CUTMIX or HAS_MIXUP:
-                if MASK_TYPE != K_CUTMIX and kind != K_MIXUP:
-                    taken = tl.load(images + from_at[None, :] + at, valid, 0)
-                    tl.store(place, finish(taken, offset, scale, out.dtype.element_ty), valid)
-                else:
-                    blends = kind == K_MIXUP
-                    own = tl.load(images + own_at[None, :] + at, valid & (blends | ~whole), 0)
-                    other = tl.load(images + other_at[None, :] + at, valid & (blends | some), 0)
-                    value = finish(tl.where(exact, other, own), offset, scale, out.dtype.element_ty)
-                    if HAS_MIXUP:
-                        value = tl.where(
-                            blends, finish(blend(own, other, lam), offset, scale, out.dtype.element_ty), value
-                        )
-                    tl.store(place, value, valid)
+                    blended = finish(blend(own, other, lam), None, None, own.dtype)
+                    blended_j = finish(blend(other, own, lam_j), None, None, own.dtype)
+                    value = tl.where(kind == K_MIXUP, blended, value)
+                    value_j = tl.where(kind_j == K_MIXUP, blended_j, value_j)
+                tl.store(own_place, value, to_own)
+                tl.store(other_place, value_j, to_other)
             else:
-                taken = tl.load(images + from_at[None, :] + at, valid, 0)
-                tl.store(place, finish(taken, offset, scale, out.dtype.element_ty), valid)
+                own = tl.load(own_place, keeps_own, 0)
+                other = tl.load(other_place, to_own, 0)
+                value = finish(tl.where(exact, other, own), offset, scale, out.dtype.element_ty)
+                if HAS_MIXUP:
+                    blended = finish(blend(own, other, lam), offset, scale, out.dtype.element_ty)
+                    value = tl.where(kind == K_MIXUP, blended, value)
+                tl.store(out + place[None, :] + (plane * OC + line * OH), value, valid)
 
 
 @triton.jit
@@ -552,18 +630,18 @@ def resample(
 
 @triton.jit
 def pool(
-    maps, indices, boxes, n, label, share, maps_stride, indices_stride, boxes_stride,
+    maps, indices, boxes, n, label, share, area, maps_stride, indices_stride, boxes_stride,
     GH: tl.constexpr, GW: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr,
     BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """The share of its evidence that an image keeps where `share` [TOKENS] of each token is its own.
 
-    Without evidence (its sum is not a positive number) it is the share of the area.
+    Without evidence (its sum is not a positive number) it is its share of the area.
     """
     CELLS: tl.constexpr = triton.next_power_of_2(MH * MW)
     STRIPES: tl.constexpr = triton.next_power_of_2(MH * GW)
     token = tl.arange(0, TOKENS)
-    kept = tl.sum(share, 0) * (1.0 / (GH * GW))
+    kept = area
     if maps is not None:
         flat = own_map(maps, indices, n, label, maps_stride, indices_stride, CLASSES, CELLS, MH * MW)
         if boxes is None:
@@ -587,8 +665,8 @@ def pool(
 
 @triton.jit
 def write_targets(
-    labels, maps, indices, boxes, targets, weights, mask_out, i, j, side, kind, lam, words, top, bottom, left, right,
-    labels_stride, maps_stride, indices_stride, boxes_stride, smoothing,
+    labels, maps, indices, boxes, targets, weights, mask_out, i, j, side, kind, lam, words, covered, top, bottom, left,
+    right, labels_stride, maps_stride, indices_stride, boxes_stride, smoothing,
     GH: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr,
     BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr, K: tl.constexpr,
     MASK_TYPE: tl.constexpr, LAM_WEIGHTS: tl.constexpr,
@@ -608,6 +686,12 @@ def write_targets(
     label_i = tl.load(labels + i * labels_stride).to(tl.int64)
     label_j = tl.load(labels + j * labels_stride).to(tl.int64)
     same = label_i == label_j
+    if MASK_TYPE == K_CUTMIX:
+        moved = (bottom - top) * (right - left)
+        AREA: tl.constexpr = GH * GW * P * P
+    else:
+        moved = covered
+        AREA: tl.constexpr = GH * GW
     n = side
     last = tl.where(same, 2 - 2 * side, side + 1)
     raised = tl.zeros([], tl.float32)
@@ -616,7 +700,7 @@ def write_targets(
         share = tl.where(real, tl.where(own, 1.0 - taken, taken), 0.0)
         weight = pool(
             maps, indices, boxes, tl.where(own, i, j), tl.where(own, label_i, label_j), share,
-            maps_stride, indices_stride, boxes_stride, GH, GW, MH, MW, CLASSES, BOX_STEP, BOX_FORMAT, TOKENS,
+            tl.where(own, AREA - moved, moved).to(tl.float32) * (1.0 / AREA), maps_stride, indices_stride, boxes_stride, GH, GW, MH, MW, CLASSES, BOX_STEP, BOX_FORMAT, TOKENS,
         )  # fmt: skip
         lam_weight = tl.where(own, lam, 65536 - lam).to(tl.float32) * 0.0000152587890625
         by_lam = (kind == K_COPY) | (kind == K_MIXUP)
@@ -633,10 +717,15 @@ def write_targets(
         WIDE: tl.constexpr = min(1024, triton.next_power_of_2(K))
         row = targets + i * K
         if side == 0:
+            own_column = label_i.to(tl.int32)
+            other_column = tl.where(same, -4, label_j).to(tl.int32)
             for start in range(0, K, WIDE):
                 column = start + tl.arange(0, WIDE)
-                value = tl.where(column == label_i, rest + raised, rest)
-                tl.store(row + column, value, (column < K) & (same | (column != label_j)))
+                value = tl.where(column == own_column, rest + raised, rest)
+                tl.store(row + column, value, (column < K) & (column // 4 != other_column // 4))
+            near = other_column // 4 * 4 + tl.arange(0, 4)
+            value = tl.where(near == own_column, rest + raised, rest)
+            tl.store(row + near, value, (near >= 0) & (near < K) & (near != other_column))
         elif (label_j >= 0) & (label_j < K) & ~same:
             tl.store(row + label_j, rest + raised)
 
@@ -653,7 +742,7 @@ def mix_kernel(
     MASK_TYPE: tl.constexpr, HAS_HEADER: tl.constexpr, HAS_MIXUP: tl.constexpr, HAS_MINMAX: tl.constexpr,
     LAM_WEIGHTS: tl.constexpr, AREA_BITS: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr, K: tl.constexpr,
     MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr, BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr,
-    IN_PLACE: tl.constexpr,
+    IN_PLACE: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """PROGRAMS programs for each sample: two for the targets, then one for each ROWS token rows.
 
@@ -670,15 +759,15 @@ def mix_kernel(
     if IN_PLACE:
         j = tl.where(partner_of(partner, j, batch) == i, j, i)
     if (program < 2) | (not IN_PLACE) | (i < j):
-        kind, lam, words, _, top, bottom, left, right = draw(
+        kind, lam, words, covered, top, bottom, left, right = draw(
             seed, seed_high, sample_offset, i, j, mask, mixes, switches, lam_constant, tokens_constant, minimum_tokens,
             cut_low_h, cut_span_h, cut_low_w, cut_span_w, ratio_table, mix_table, cut_table,
             H, W, P, MODE, MASK_TYPE, HAS_HEADER, HAS_MINMAX, AREA_BITS, WORD_ROWS, WORDS,
         )  # fmt: skip
         if program < 2:
             write_targets(
-                labels, maps, indices, boxes, targets, weights, mask_out, i, j, program, kind, lam, words, top, bottom,
-                left, right, labels_stride, maps_stride, indices_stride, boxes_stride, smoothing,
+                labels, maps, indices, boxes, targets, weights, mask_out, i, j, program, kind, lam, words, covered, top,
+                bottom, left, right, labels_stride, maps_stride, indices_stride, boxes_stride, smoothing,
                 GH, GW, P, MH, MW, CLASSES, BOX_STEP, BOX_FORMAT, WORD_ROWS, WORDS, K, MASK_TYPE, LAM_WEIGHTS,
             )  # fmt: skip
         elif images is not None:
@@ -695,11 +784,22 @@ def mix_kernel(
             while row < last:
                 bits = row_bits(words, row, WORD_ROWS, GW, WORDS)
                 bits_j = row_bits(words_j, row, WORD_ROWS, GW, WORDS) if IN_PLACE else bits
-                mix_pixels(
-                    images, out, i, j, row, kind, lam, bits, top, bottom, left, right, kind_j, lam_j, bits_j, top_j,
-                    bottom_j, left_j, right_j, images_stride, out_stride, mean, rstd,
-                    C, W, P, SC, SH, SW, OC, OH, OW, NHWC, VEC, COLS, LINES, MASK_TYPE, HAS_MIXUP, IN_PLACE,
-                )  # fmt: skip
+                if MASK_TYPE == K_CUTMIX or (HAS_MIXUP and (IN_PLACE or kind == K_MIXUP)):
+                    blend_pixels(
+                        images, out, i, j, row, kind, lam, bits, top, bottom, left, right, kind_j, lam_j, bits_j, top_j,
+                        bottom_j, left_j, right_j, images_stride, out_stride, mean, rstd,
+                        C, W, P, SC, SH, SW, OC, OH, OW, NHWC, VEC, COLS, LINES, MASK_TYPE, HAS_MIXUP, IN_PLACE,
+                    )  # fmt: skip
+                elif IN_PLACE:
+                    swap_tokens(
+                        images, i, j, row, bits, bits_j, images_stride,
+                        C, W, P, SC, SH, SW, NHWC, VEC, COLS, LINES, PACK,
+                    )  # fmt: skip
+                else:
+                    take_tokens(
+                        images, out, i, j, row, bits, images_stride, out_stride, mean, rstd,
+                        C, W, P, SC, SH, SW, OC, OH, OW, NHWC, VEC, COLS, LINES, PACK,
+                    )  # fmt: skip
                 row += 1
 
 
@@ -758,7 +858,7 @@ def launch_shape(
 @lru_cache(maxsize=256)
 def constants(
     shape: tuple[int, ...], strides: tuple[int, ...], out_strides: tuple[int, ...], in_bytes: int, out_bytes: int,
-    map_shape: tuple[int, ...], topk: bool, box_step: int, in_place: bool, settings: Settings,
+    plain: bool, map_shape: tuple[int, ...], box_step: int, in_place: bool, settings: Settings,
 ) -> dict[str, Any]:  # fmt: skip
     """The compile-time arguments of `mix_kernel`."""
     _, channels, height, width = shape
@@ -788,6 +888,7 @@ def constants(
         "CLASSES": map_shape[0] if len(map_shape) == 3 else 0,
         "BOX_STEP": box_step, "BOX_FORMAT": ("xyxy", "crop", "crop_swapped").index(settings.box_format),
         "IN_PLACE": in_place,
+        "PACK": 8 // in_bytes if plain and cut.VEC * in_bytes >= 8 else 1,
         # A contracted multiply-add would round Mixup and the sampling positions differently from the reference.
         "enable_fp_fusion": False,
     }  # fmt: skip
@@ -820,6 +921,7 @@ def arguments(
     """The grid and the arguments by name of a launch of `mix_kernel`. Nothing here waits for a device."""
     batch, _, height, width = shape
     planned = plan(settings, height, width)
+    plain = False
     if images is None or out is None:
         strides: tuple[int, ...] = (1, 1, 1, 1)
         out_strides: tuple[int, ...] = strides
@@ -827,9 +929,9 @@ def arguments(
     else:
         strides, out_strides = images.stride(), out.stride()
         in_bytes, out_bytes = images.element_size(), out.element_size()
+        plain = images.dtype == out.dtype and not settings.mean
     fixed = constants(
-        shape, strides, out_strides, in_bytes, out_bytes, () if maps is None else tuple(maps.shape[1:]),
-        indices is not None, 0 if boxes is None else boxes.stride(1), images is not None and images is out, settings,
+        shape, strides, out_strides, in_bytes, out_bytes, plain, () if maps is None else tuple(maps.shape[1:]), 0 if boxes is None else boxes.stride(1), images is not None and images is out, settings,
     )  # fmt: skip
     if seed.device.type == "cpu" and device.type != "meta":
         number = int(seed)

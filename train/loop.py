@@ -395,7 +395,7 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
     for epoch in range(progress.epoch, args.epochs):
         start = time.perf_counter()
         with tqdm(total=steps, initial=progress.step, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step",
-                  disable=run.rank > 0, leave=False, dynamic_ncols=True) as bar:
+                  disable=True if run.rank else None, leave=False, dynamic_ncols=True) as bar:
             train_epoch(run, progress, bar, timer)
         end_epoch(run, progress, time.perf_counter() - start, board)
     if run.rank == 0:

@@ -195,7 +195,8 @@ def _whole_images(
     # A CPU keeps activations of 8 images in its caches and allocator; larger batches are half as fast there.
     batch_size = 64 if device.type == "cuda" else 8
     loader = DataLoader(_WholeImages(source, size, ids), batch_size, num_workers=workers, generator=torch.Generator())
-    with tqdm(total=len(ids), desc=title, unit="image", dynamic_ncols=True) as bar:
+    tqdm.write(f"{title} of {len(ids)} images")
+    with tqdm(total=len(ids), desc=title, unit="image", leave=False, dynamic_ncols=True, disable=None) as bar:
         for images, batch_ids, sizes in loader:
             yield images.to(device).contiguous(memory_format=torch.channels_last), batch_ids, sizes
             bar.update(len(images))
@@ -211,7 +212,7 @@ def build_bank(
     grid = teacher(blank, labels[:1].to(device)).shape[1:]
     with MapBankWriter.create(path, len(data.train), (grid[0], grid[1]), labels, None, title, data.digest) as writer:
         pending = writer.pending().tolist()
-        for images, ids, sizes in _whole_images(data.train, size, pending, device, workers, "activation maps"):
+        for images, ids, sizes in _whole_images(data.train, size, pending, device, workers, "teacher: activation maps"):
             writer.write(ids, teacher(images, labels[ids].to(device)), sizes)
         return writer.finish()
 
@@ -241,7 +242,7 @@ def fit_probe(
         layer = checkpoint.load(path)
     else:
         layer = probe(features(data.train, "teacher: features"), torch.tensor(data.labels), len(data.classes))
-        held_out = features(data.val, "teacher: validation") @ layer["weight"].T + layer["bias"]
+        held_out = features(data.val, "teacher: validation features") @ layer["weight"].T + layer["bias"]
         hits = (held_out.argmax(1) == torch.tensor(data.val.targets)).float().mean()
         tqdm.write(f"teacher: the linear probe gets {100 * hits:.1f} % of the validation images right")
         checkpoint.save(layer, path)
