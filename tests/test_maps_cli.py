@@ -244,9 +244,27 @@ def test_build_says_what_is_wrong(data, weights, tmp_path, capsys):
     expect_error(capsys, [*good, "--model", "resnet_10"], "timm knows no model 'resnet_10'; did you mean")
     expect_error(capsys, [*good, "--weights", tmp_path / "no.pth"], "no weights file .*no.pth")
     expect_error(capsys, [*good, "--method", "attention"], "needs a vision transformer")
+    expect_error(capsys, [*good, "--size", 64, 64, 64], "--size must be a side or height and width")
+    expect_error(capsys, [*good, "--mean", 0.5, 0.5], "--mean must be one number or three, not 2")
     assert not list(tmp_path.iterdir())
     assert main(good) == 0
     expect_error(capsys, good, "a.bank exists already: delete it or give another --out")
+
+
+def test_build_with_a_vision_transformer_at_another_size(data, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False, num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    arguments = build_arguments(data, tmp_path / "vit.pth", tmp_path / "a.bank")
+    arguments[arguments.index("test_resnet")] = "test_vit"
+    expect_error(
+        capsys, [*arguments, "--size", 100], "multiples of the patch size 16x16 of test_vit, not 100x100"
+    )
+    assert main([*arguments, "--size", "64", "96"]) == 0
+    bank = MapBank.open(tmp_path / "a.bank")
+    assert bank.grid == (4, 6) and bank.teacher.startswith("test_vit (attention, 64x96 px")
+    shares = bank.maps(torch.arange(23)).sum((1, 2))
+    assert ((shares > 0.5) & (shares < 1.0)).all()  # the class token keeps the rest of its attention
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -168,7 +168,6 @@ def _fill(
             batch_size=args.batch_size,
             num_workers=args.workers,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=False,
         )
         alone = ranks.count == 1
         start = time.monotonic()
@@ -224,9 +223,20 @@ def _build(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{args.out} exists already: delete it or give another --out")
     model: Any = load_teacher(args.model, args.weights, num_classes=args.num_classes)
     config = model.pretrained_cfg
-    size = tuple(args.size) if args.size else config["input_size"][1:]
-    size = (size[0], size[0]) if len(size) == 1 else (size[0], size[1])
+    given = args.size or list(config["input_size"][1:])
+    if len(given) > 2 or min(given) < 1:
+        raise ValueError(f"--size must be a side or height and width, at least 1, not {given}")
+    for name, values in (("--mean", args.mean), ("--std", args.std)):
+        if values and len(values) not in (1, 3):
+            raise ValueError(f"{name} must be one number or three, not {len(values)}")
+    size = (given[0], given[-1])
     if size != tuple(config["input_size"][1:]) and hasattr(model, "set_input_size"):
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+        if size[0] % patch[0] or size[1] % patch[1]:
+            raise ValueError(
+                f"--size must be multiples of the patch size {patch[0]}x{patch[1]} of {args.model}, "
+                f"not {size[0]}x{size[1]}"
+            )
         model.set_input_size(img_size=size)
     device = args.device or (f"cuda:{ranks.local}" if torch.cuda.is_available() else "cpu")
     teacher = ActivationTeacher(
