@@ -236,7 +236,8 @@ def test_bad_arguments_get_a_sentence(folder: Path, bank: Path, tmp_path: Path) 
         train(parse(tiny(other, tmp_path / "d", "--maps", str(bank))))
     train(parse(tiny(folder, tmp_path / "e", "--epochs", "1", "--max-steps", "1")))
     with pytest.raises(ValueError, match=r"--seed 0 \(now 1\)"):
-        train(parse(tiny(folder, tmp_path / "e", "--epochs", "1", "--max-steps", "1", "--seed", "1", "--resume", "auto")))
+        train(parse(tiny(folder, tmp_path / "e", "--epochs", "1", "--max-steps", "1", "--seed", "1",
+                         "--resume", "auto")))
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:

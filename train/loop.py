@@ -102,7 +102,8 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
         device = torch.device("cuda", device.index if world == 1 else int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return rank, world, device
 
 
@@ -281,12 +282,22 @@ def evaluate(run: Run, model: nn.Module) -> dict[str, float]:
         logits = logits.float()
         hits = logits.topk(5 if many else 1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(labels), device=run.device)])
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(labels))])
     if run.world > 1:
         dist.all_reduce(sums)
     top1, top5, loss, images = sums.tolist()
     scores = {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
     return scores if many else {key: value for key, value in scores.items() if key != "top5"}
+
+
+def evaluate_checkpoint(run: Run, path: Path) -> None:
+    """Print the scores of the weights and of their average in a last.pt or best.pt."""
+    state = checkpoint.load(path)
+    for key, name in (("model", "raw weights"), ("ema", "averaged weights")):
+        if state.get(key):
+            run.model.load_state_dict(state[key])
+            scores = evaluate(run, run.model)
+            say(run, f"{name}: " + ", ".join(f"{score} {value:.4g}" for score, value in scores.items()))
 
 
 def save_checkpoint(run: Run, progress: Progress) -> None:
@@ -308,6 +319,8 @@ def resume(run: Run, path: Path) -> Progress:
         ValueError: the checkpoint belongs to another run.
     """
     state = checkpoint.load(path)
+    if "optimizer" not in state:
+        raise ValueError(f"{path} holds weights only: resume from a last.pt, or start from it with --init-from")
     now = checkpoint.plain_args(run.args)
     other = [f"--{key.replace('_', '-')} {state['args'][key]} (now {now[key]})"
              for key in IDENTITY if state["args"][key] != now[key]]
@@ -365,6 +378,9 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
         NonFiniteLoss: the loss was not finite; weights are saved as they were, for --replay.
     """
     run = build(args)
+    if args.eval:
+        evaluate_checkpoint(run, Path(args.output) / "last.pt" if args.resume == "auto" else Path(args.resume))
+        return []
     output = Path(args.output)
     random_seed = mixing_seed(args.seed, -1, run.rank)  # of dropout and drop path: other ones on every rank
     torch.manual_seed(random_seed)
@@ -374,14 +390,8 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
     last = output / "last.pt"
     if args.resume and (args.resume != "auto" or last.is_file()):
         progress = resume(run, last if args.resume == "auto" else Path(args.resume))
-    elif last.is_file() and not args.eval:
+    elif last.is_file():
         raise ValueError(f"{last} exists: give another --output, or --resume auto to go on with it")
-    if args.eval:
-        for name, model in {"raw": run.model, "ema": run.ema.module if run.ema else None}.items():
-            if model is not None:
-                say(run, f"{name} weights: {evaluate(run, model)}")
-        return progress.history
-
     board = None
     if run.rank == 0:
         checkpoint.write_lines([json.dumps(checkpoint.plain_args(args), indent=1)], output / "args.json")
