@@ -38,6 +38,7 @@ K_RATIO_MASK = tl.constexpr((1 << RATIO_BITS) - 1)
 K_BETA_BITS = tl.constexpr(BETA_BITS)
 SHIFTED = tl.constexpr(1 << 16)
 K_NONE = tl.constexpr(0x7FFF0000)
+K_UNFIT = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.constexpr_function
@@ -146,21 +147,26 @@ def try_four(
     side = tl.sqrt_rn(area.to(tl.float32)).to(tl.int32)
     h = (side * (factors & 0xFFFF) + HALF) >> SHIFT
     w = (side * (factors >> 16) + HALF) >> SHIFT
-    top = tl.umulhi(place, (GH + 1 - h).to(tl.uint32)).to(tl.int32)
-    column = tl.umulhi(place << 16, (GW + 1 - w).to(tl.uint32)).to(tl.int32)
+    tops, lefts = GH + 1 - h, GW + 1 - w
+    top = tl.umulhi(place, tops.to(tl.uint32, bitcast=True)).to(tl.int32)
+    column = tl.umulhi(place << 16, lefts.to(tl.uint32, bitcast=True)).to(tl.int32)
     columns = ((((mask ^ mask) + 1) << w.to(WORD)) - 1) << column.to(WORD)
     bits = mask ^ mask
     for r in tl.static_range(WORD_ROWS):
         inside = (first_row + (r - top)).to(tl.uint32, bitcast=True) < h.to(tl.uint32)
         bits = bits | tl.where(inside, columns << (r * GW), 0)
     new = tl.sum(popcount((bits | mask) ^ mask), 1)[:, None]  # [4, 1]
-    fits = (h < GH) & (w < GW) & ((new - 1).to(tl.uint32, bitcast=True) < remaining.to(tl.uint32, bitcast=True))
-    key = tl.min(tl.ravel(tl.where(fits, j * SHIFTED + new, K_NONE)), 0)
-    key = tl.where(key < left, key, K_NONE)
-    winner = tl.where(j == key >> 16, bits, 0)
-    mask = mask | tl.reduce_or(winner, 0)[None, :]
+    # 0 < new <= remaining, in one comparison without sign; nothing fits where nothing remains.
+    fits = (tl.minimum(tops, lefts) > 1) & (
+        (new - 1).to(tl.uint32, bitcast=True) < remaining.to(tl.uint32, bitcast=True)
+    )
+    keys = tl.where(fits, j * SHIFTED + new, K_UNFIT)
+    key = tl.min(tl.ravel(keys), 0)
+    taken = key < left
+    key = tl.where(taken, key, K_NONE)
+    mask = mask | tl.reduce_or(tl.where(keys == key, bits, 0), 0)[None, :]
     remaining -= key & 0xFFFF
-    left = tl.where(key == K_NONE, left - 4 * SHIFTED, 10 * SHIFTED)
+    left = tl.where(taken, 10 * SHIFTED, left - 4 * SHIFTED)
     return mask, remaining, left
 
 
@@ -338,10 +344,9 @@ def draw(
 def row_bits(words, row, WORD_ROWS: tl.constexpr, GW: tl.constexpr, WORDS: tl.constexpr):
     """The tokens of one grid row, as bits of a scalar word."""
     word = tl.arange(0, WORDS)[None, :]
-    first = tl.arange(0, 4)[:, None] == 0
     row = row.to(tl.uint32)
-    mine = tl.where(first & (word == (row // WORD_ROWS).to(tl.int32)), words, 0)
-    return tl.xor_sum(tl.ravel(mine), 0) >> ((row % WORD_ROWS) * GW).to(words.dtype)
+    mine = tl.where(word == (row // WORD_ROWS).to(tl.int32), words, 0)
+    return tl.reduce_or(tl.ravel(mine), 0) >> ((row % WORD_ROWS) * GW).to(words.dtype)
 
 
 @triton.jit
@@ -559,28 +564,28 @@ def taken_share(
 
 @triton.jit
 def own_map(
-    maps, indices, n, label, maps_stride, indices_stride,
-    CLASSES: tl.constexpr, CELLS: tl.constexpr, SIZE: tl.constexpr,
+    maps, indices, n, label, maps_stride, indices_stride, top_k,
+    CLASSES: tl.constexpr, CELLS: tl.constexpr, SIZE: tl.constexpr, MAP_VEC: tl.constexpr,
 ):  # fmt: skip
     """The activation map of an image's own label, flat [CELLS] fp32; zeros where the label is absent.
 
-    CLASSES is 0 for maps of the own label; with `indices` it is the k of the top-k.
+    CLASSES is 0 for maps of the own label; with `indices` it is the k of the top-k. Of equal indices the last counts.
     """
     cell = tl.arange(0, CELLS)
     real = cell < SIZE
-    base = maps + n * maps_stride
-    if CLASSES == 0:
-        values = tl.load(base + cell, real, 0).to(tl.float32)
-    elif indices is None:
+    first = tl.multiple_of(n * maps_stride, MAP_VEC)
+    if CLASSES > 0 and indices is None:
         known = (label >= 0) & (label < CLASSES)
-        values = tl.load(base + tl.where(known, label, 0).to(tl.int64) * SIZE + cell, real & known, 0).to(tl.float32)
-    else:
-        values = tl.zeros([CELLS], tl.float32)
-        for k in tl.static_range(CLASSES):
-            index = tl.load(indices + n * indices_stride + k * SIZE + cell, real, -1).to(tl.int64)
-            found = real & (index == label)
-            values += tl.load(base + k * SIZE + cell, found, 0).to(tl.float32)
-    return values
+        first += tl.where(known, label, 0) * SIZE
+        real = real & known
+    values = tl.load(maps + first + cell, real, 0)
+    if indices is not None:
+        first_index = tl.multiple_of(n * indices_stride, MAP_VEC)
+        values = tl.where(tl.load(indices + first_index + cell, real, 0).to(tl.int64) == label, values, 0)
+        for k in range(1, top_k):
+            index = tl.load(indices + first_index + k * SIZE + cell, real, 0).to(tl.int64)
+            values = tl.where(index == label, tl.load(maps + first + k * SIZE + cell, real, 0), values)
+    return values.to(tl.float32)
 
 
 @triton.jit
@@ -621,18 +626,18 @@ def resample(
         lower = at.to(tl.int32)
         upper = tl.minimum(lower + 1, SIZE - 1)
         share = at - lower.to(tl.float32)
-        near = tl.gather(flat, outer * OUTER_STEP + lower * STEP, 0)
-        far = tl.gather(flat, outer * OUTER_STEP + upper * STEP, 0)
-        total += tl.where(used, (1.0 - share) * near + share * far, 0.0)
+        both = tl.join(outer * OUTER_STEP + lower * STEP, outer * OUTER_STEP + upper * STEP)  # [cells, 2]
+        near, far = tl.split(tl.reshape(tl.gather(flat, tl.ravel(both), 0), both.shape))
+        total += tl.where(used, near + share * (far - near), 0.0)
         s += 1.0
     return total * tl.div_rn(1.0, samples)
 
 
 @triton.jit
 def pool(
-    maps, indices, boxes, n, label, share, area, maps_stride, indices_stride, boxes_stride,
+    maps, indices, boxes, n, label, share, area, maps_stride, indices_stride, boxes_stride, top_k,
     GH: tl.constexpr, GW: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr,
-    BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr, TOKENS: tl.constexpr,
+    MAP_VEC: tl.constexpr, BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """The share of its evidence that an image keeps where `share` [TOKENS] of each token is its own.
 
@@ -643,7 +648,7 @@ def pool(
     token = tl.arange(0, TOKENS)
     kept = area
     if maps is not None:
-        flat = own_map(maps, indices, n, label, maps_stride, indices_stride, CLASSES, CELLS, MH * MW)
+        flat = own_map(maps, indices, n, label, maps_stride, indices_stride, top_k, CLASSES, CELLS, MH * MW, MAP_VEC)
         if boxes is None:
             x0 = tl.zeros([], tl.float32)
             y0, x1 = x0, x0 + 1.0
@@ -666,10 +671,10 @@ def pool(
 @triton.jit
 def write_targets(
     labels, maps, indices, boxes, targets, weights, mask_out, i, j, side, kind, lam, words, covered, top, bottom, left,
-    right, labels_stride, maps_stride, indices_stride, boxes_stride, smoothing,
+    right, labels_stride, maps_stride, indices_stride, boxes_stride, top_k, smoothing,
     GH: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr,
-    BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr, K: tl.constexpr,
-    MASK_TYPE: tl.constexpr, LAM_WEIGHTS: tl.constexpr,
+    MAP_VEC: tl.constexpr, BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr, WORD_ROWS: tl.constexpr,
+    WORDS: tl.constexpr, K: tl.constexpr, MASK_TYPE: tl.constexpr, LAM_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Pool one side of a pair (side 0: the own image, 1: the partner) and write its part of the target row.
 
@@ -679,8 +684,8 @@ def write_targets(
     taken = taken_share(words, top, bottom, left, right, GH, GW, P, WORD_ROWS, WORDS, TOKENS, MASK_TYPE)
     token = tl.arange(0, TOKENS)
     real = token < GH * GW
-    if mask_out is not None:
-        tl.store(mask_out + i * (GH * GW) + token, taken > 0.5, real & (side == 1))
+    if mask_out is not None and side == 1:
+        tl.store(mask_out + i * (GH * GW) + token, taken > 0.5, real)
     if weights is None and targets is None:
         return
     label_i = tl.load(labels + i * labels_stride).to(tl.int64)
@@ -700,7 +705,7 @@ def write_targets(
         share = tl.where(real, tl.where(own, 1.0 - taken, taken), 0.0)
         weight = pool(
             maps, indices, boxes, tl.where(own, i, j), tl.where(own, label_i, label_j), share,
-            tl.where(own, AREA - moved, moved).to(tl.float32) * (1.0 / AREA), maps_stride, indices_stride, boxes_stride, GH, GW, MH, MW, CLASSES, BOX_STEP, BOX_FORMAT, TOKENS,
+            tl.where(own, AREA - moved, moved).to(tl.float32) * (1.0 / AREA), maps_stride, indices_stride, boxes_stride, top_k, GH, GW, MH, MW, CLASSES, MAP_VEC, BOX_STEP, BOX_FORMAT, TOKENS,
         )  # fmt: skip
         lam_weight = tl.where(own, lam, 65536 - lam).to(tl.float32) * 0.0000152587890625
         by_lam = (kind == K_COPY) | (kind == K_MIXUP)
@@ -730,19 +735,19 @@ def write_targets(
             tl.store(row + label_j, rest + raised)
 
 
-@triton.jit(do_not_specialize=["seed_high", "sample_offset", "tokens_constant", "batch"])
+@triton.jit(do_not_specialize=["seed_high", "sample_offset", "tokens_constant", "batch", "top_k"])
 def mix_kernel(
     images, out, labels, partner, maps, indices, boxes, mask, targets, weights, mask_out, mean, rstd, ratio_table,
     mix_table, cut_table, seed, seed_high, sample_offset, batch, images_stride, out_stride, labels_stride, maps_stride,
-    indices_stride, boxes_stride, mixes, switches, lam_constant, tokens_constant, minimum_tokens, cut_low_h, cut_span_h,
+    indices_stride, boxes_stride, top_k, mixes, switches, lam_constant, tokens_constant, minimum_tokens, cut_low_h, cut_span_h,
     cut_low_w, cut_span_w, smoothing,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SH: tl.constexpr,
     SW: tl.constexpr, OC: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
     COLS: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, MODE: tl.constexpr,
     MASK_TYPE: tl.constexpr, HAS_HEADER: tl.constexpr, HAS_MIXUP: tl.constexpr, HAS_MINMAX: tl.constexpr,
     LAM_WEIGHTS: tl.constexpr, AREA_BITS: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr, K: tl.constexpr,
-    MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr, BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr,
-    IN_PLACE: tl.constexpr, PACK: tl.constexpr,
+    MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr, MAP_VEC: tl.constexpr, BOX_STEP: tl.constexpr,
+    BOX_FORMAT: tl.constexpr, IN_PLACE: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """PROGRAMS programs for each sample: two for the targets, then one for each ROWS token rows.
 
@@ -767,8 +772,8 @@ def mix_kernel(
         if program < 2:
             write_targets(
                 labels, maps, indices, boxes, targets, weights, mask_out, i, j, program, kind, lam, words, covered, top,
-                bottom, left, right, labels_stride, maps_stride, indices_stride, boxes_stride, smoothing,
-                GH, GW, P, MH, MW, CLASSES, BOX_STEP, BOX_FORMAT, WORD_ROWS, WORDS, K, MASK_TYPE, LAM_WEIGHTS,
+                bottom, left, right, labels_stride, maps_stride, indices_stride, boxes_stride, top_k, smoothing,
+                GH, GW, P, MH, MW, CLASSES, MAP_VEC, BOX_STEP, BOX_FORMAT, WORD_ROWS, WORDS, K, MASK_TYPE, LAM_WEIGHTS,
             )  # fmt: skip
         elif images is not None:
             kind_j, lam_j, words_j = kind, lam, words
@@ -818,8 +823,9 @@ class Shape(NamedTuple):
 
 @lru_cache(maxsize=256)
 def launch_shape(
-    channels: int, height: int, width: int, patch: int, nhwc: bool, in_bytes: int, out_bytes: int, alignment: int
-) -> Shape:
+    channels: int, height: int, width: int, patch: int, nhwc: bool, in_bytes: int, out_bytes: int, alignment: int,
+    moves_only: bool,
+) -> Shape:  # fmt: skip
     """Blocks and warps of a launch, from the shape and dtype alone.
 
     Args:
@@ -827,38 +833,43 @@ def launch_shape(
         nhwc: whether channels lie next to each other in memory.
         in_bytes, out_bytes: size of one value.
         alignment: a divisor of all strides but the innermost, in values.
+        moves_only: whether pixels are copied as they are: nothing normalised, rounded or blended.
 
     Returns:
         VEC: neighbours in memory that a thread moves at once: 16 bytes of the wider dtype, less where tokens are
             narrower. COLS by LINES: the tile. ROWS: token rows of a program. PROGRAMS: programs of a sample, two of
             them for the targets. WORD_ROWS grid rows go into one word of the mask, which has WORDS words.
     """
+    warps = 4
     grid_h, grid_w = height // patch, width // patch
     span = patch * (channels if nhwc else 1)
-    vec = gcd(16 // max(in_bytes, out_bytes), span, alignment)
     line = width * (channels if nhwc else 1)
+    vec = gcd(16 // max(in_bytes, out_bytes), span, alignment)
+    cols = min(32 * vec, triton.next_power_of_2(line))
+    lines = triton.next_power_of_2(patch)
     word_rows = max(1, 32 // grid_w) if grid_w <= 32 else 1
     word_rows = min(word_rows, -(-grid_h // 8))
     words = triton.next_power_of_2(-(-grid_h // word_rows))
-    row_bytes = span * patch * grid_w * (1 if nhwc else channels) * max(in_bytes, out_bytes)
-    pieces = -(-grid_h * row_bytes // 160_000)
-    rows = -(-grid_h // pieces)
+    # Loads of each thread: enough to be worth the draw of the mask, few enough that warps stay short.
+    loads = lines * (1 if nhwc else channels) * -(-line // cols) * cols // (vec * 32 * warps)
+    rows = max(1, (84 if moves_only else 36) // max(1, loads))
+    rows = -(-grid_h // -(-grid_h // min(rows, grid_h)))
     return Shape(
         VEC=vec,
-        COLS=min(32 * vec, triton.next_power_of_2(line)),
-        LINES=triton.next_power_of_2(patch),
+        COLS=cols,
+        LINES=lines,
         ROWS=rows,
         PROGRAMS=2 + -(-grid_h // rows),
         WORD_ROWS=word_rows,
         WORDS=max(8, words),
-        num_warps=4,
+        num_warps=warps,
     )
 
 
 @lru_cache(maxsize=256)
 def constants(
     shape: tuple[int, ...], strides: tuple[int, ...], out_strides: tuple[int, ...], in_bytes: int, out_bytes: int,
-    plain: bool, map_shape: tuple[int, ...], box_step: int, in_place: bool, settings: Settings,
+    plain: bool, map_shape: tuple[int, ...], map_vec: int, box_step: int, in_place: bool, settings: Settings,
 ) -> dict[str, Any]:  # fmt: skip
     """The compile-time arguments of `mix_kernel`."""
     _, channels, height, width = shape
@@ -869,8 +880,10 @@ def constants(
     inner: tuple[int, ...] = (sb, sh, ob, oh) if nhwc else (sb, sc, sh, ob, oc, oh)
     if not nhwc and (sw != 1 or ow != 1):
         inner = (1,)
-    cut = launch_shape(channels, height, width, settings.patch_size, nhwc, in_bytes, out_bytes, gcd(*inner))
     mask_type = MASK_TYPES[settings.mask_type]
+    has_mixup = planned.switches < 1 << 24
+    moves_only = plain and not has_mixup and mask_type != CUTMIX
+    cut = launch_shape(channels, height, width, settings.patch_size, nhwc, in_bytes, out_bytes, gcd(*inner), moves_only)
     drawn_lam = planned.lam < 0
     return {
         **cut._asdict(),
@@ -879,12 +892,13 @@ def constants(
         "MODE": MODES[settings.mode],
         "MASK_TYPE": mask_type,
         "HAS_HEADER": planned.mixes < 1 << 24 or planned.switches < 1 << 24 or drawn_lam,
-        "HAS_MIXUP": planned.switches < 1 << 24,
+        "HAS_MIXUP": has_mixup,
         "HAS_MINMAX": planned.cuts != (0, 0, 0, 0),
         "LAM_WEIGHTS": mask_type == CUTMIX and not map_shape and not settings.correct_lam and not settings.minmax,
         "AREA_BITS": planned.area_bits,
         "K": settings.num_classes,
         "MH": map_shape[-2] if map_shape else 1, "MW": map_shape[-1] if map_shape else 1,
+        "MAP_VEC": map_vec,
         "CLASSES": map_shape[0] if len(map_shape) == 3 else 0,
         "BOX_STEP": box_step, "BOX_FORMAT": ("xyxy", "crop", "crop_swapped").index(settings.box_format),
         "IN_PLACE": in_place,
@@ -922,6 +936,11 @@ def arguments(
     batch, _, height, width = shape
     planned = plan(settings, height, width)
     plain = False
+    map_shape: tuple[int, ...] = ()
+    map_vec = 1
+    if maps is not None:
+        map_shape = tuple(maps.shape[1:])
+        map_vec = gcd(4, maps.stride(0), 0 if indices is None else indices.stride(0), map_shape[-2] * map_shape[-1])
     if images is None or out is None:
         strides: tuple[int, ...] = (1, 1, 1, 1)
         out_strides: tuple[int, ...] = strides
@@ -931,7 +950,8 @@ def arguments(
         in_bytes, out_bytes = images.element_size(), out.element_size()
         plain = images.dtype == out.dtype and not settings.mean
     fixed = constants(
-        shape, strides, out_strides, in_bytes, out_bytes, plain, () if maps is None else tuple(maps.shape[1:]), 0 if boxes is None else boxes.stride(1), images is not None and images is out, settings,
+        shape, strides, out_strides, in_bytes, out_bytes, plain, map_shape, map_vec,
+        0 if boxes is None else boxes.stride(1), images is not None and images is out, settings,
     )  # fmt: skip
     if seed.device.type == "cpu" and device.type != "meta":
         number = int(seed)
@@ -955,7 +975,8 @@ def arguments(
         "maps_stride": 0 if maps is None else maps.stride(0),
         "indices_stride": 0 if indices is None else indices.stride(0),
         "boxes_stride": 0 if boxes is None else boxes.stride(0),
-        "mixes": planned.mixes, "switches": planned.switches, "lam_constant": planned.lam,
+        # An argument, not a constant: the loop over it must not be unrolled into registers.
+        "top_k": fixed["CLASSES"], "mixes": planned.mixes, "switches": planned.switches, "lam_constant": planned.lam,
         "tokens_constant": planned.tokens, "minimum_tokens": settings.minimum_tokens,
         "cut_low_h": planned.cuts[0], "cut_span_h": max(planned.cuts[1] - planned.cuts[0], 1),
         "cut_low_w": planned.cuts[2], "cut_span_w": max(planned.cuts[3] - planned.cuts[2], 1),

@@ -313,7 +313,8 @@ def store(out: Tensor, mixed: Tensor, mean: Tensor, std: Tensor) -> None:
 def own_maps(maps: Tensor, indices: Tensor | None, labels: Tensor) -> Tensor:
     """The activation map of each image's own label, [B, h, w] fp32; zeros where the label is absent.
 
-    `maps` is [B, h, w] (own label), [B, K, h, w] (all classes), or [B, k, h, w] with class `indices` (top-k).
+    `maps` is [B, h, w] (own label), [B, K, h, w] (all classes), or [B, k, h, w] with class `indices` (top-k; of equal
+    indices the last counts).
     """
     if maps.dim() == 3:
         return maps.float()
@@ -321,7 +322,10 @@ def own_maps(maps: Tensor, indices: Tensor | None, labels: Tensor) -> Tensor:
         known = (labels >= 0) & (labels < maps.shape[1])
         chosen = maps[torch.arange(len(maps), device=maps.device), labels.clamp(0, maps.shape[1] - 1)]
         return torch.where(known[:, None, None], chosen.float(), 0.0)
-    return torch.where(indices == labels[:, None, None, None], maps.float(), 0.0).sum(1)
+    chosen = torch.zeros(len(maps), *maps.shape[2:])
+    for values, classes in zip(maps.unbind(1), indices.unbind(1), strict=True):
+        chosen = torch.where(classes == labels[:, None, None], values.float(), chosen)
+    return chosen
 
 
 def resample(low: Tensor, high: Tensor, size: int, grid: int) -> Tensor:
