@@ -385,8 +385,8 @@ def take_tokens(
 ):  # fmt: skip
     """One row of tokens of out[i], each from images[i] or images[j].
 
-    A tile is LINES lines of pixels by COLS neighbours in memory. The source of each VEC neighbours is found once for all
-    channels and lines, so that what is left is one load and one store. Where nothing is converted, PACK values
+    A tile is LINES lines of pixels by COLS neighbours in memory. The source of each VEC neighbours is found once for
+    all channels and lines, so that what is left is one load and one store. Where nothing is converted, PACK values
     move as one 64-bit word.
     """
     if PACK > 1:
@@ -464,7 +464,7 @@ def source_pixels(
     kind, bits, column, y, top, bottom, left, right,
     SPAN: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr, MASK_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """What a tile needs of the partner [LINES, COLS]: exactly which pixels, and which VEC neighbours in part and in whole."""
+    """What a tile takes from the partner [LINES, COLS]: which pixels, and which VEC neighbours in part and in whole."""
     if MASK_TYPE == K_CUTMIX:
         rows = (y >= top) & (y < bottom)
         chunk = (column // VEC) * VEC
@@ -487,7 +487,7 @@ def blend_pixels(
     OC: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, COLS: tl.constexpr,
     LINES: tl.constexpr, MASK_TYPE: tl.constexpr, HAS_MIXUP: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """One row of tokens where a pixel may need both images: Mixup and rectangles; in place both halves of a pair (_j)."""
+    """One row of tokens where a pixel may need both images (Mixup, rectangles); in place a pair's both halves (_j)."""
     SPAN: tl.constexpr = P * C if NHWC else P
     CHANNELS: tl.constexpr = C if NHWC else 1
     WIDTH: tl.constexpr = W * C if NHWC else W
@@ -691,12 +691,8 @@ def write_targets(
     label_i = tl.load(labels + i * labels_stride).to(tl.int64)
     label_j = tl.load(labels + j * labels_stride).to(tl.int64)
     same = label_i == label_j
-    if MASK_TYPE == K_CUTMIX:
-        moved = (bottom - top) * (right - left)
-        AREA: tl.constexpr = GH * GW * P * P
-    else:
-        moved = covered
-        AREA: tl.constexpr = GH * GW
+    moved = (bottom - top) * (right - left) if MASK_TYPE == K_CUTMIX else covered
+    AREA: tl.constexpr = GH * GW * (P * P if MASK_TYPE == K_CUTMIX else 1)
     n = side
     last = tl.where(same, 2 - 2 * side, side + 1)
     raised = tl.zeros([], tl.float32)
@@ -705,7 +701,8 @@ def write_targets(
         share = tl.where(real, tl.where(own, 1.0 - taken, taken), 0.0)
         weight = pool(
             maps, indices, boxes, tl.where(own, i, j), tl.where(own, label_i, label_j), share,
-            tl.where(own, AREA - moved, moved).to(tl.float32) * (1.0 / AREA), maps_stride, indices_stride, boxes_stride, top_k, GH, GW, MH, MW, CLASSES, MAP_VEC, BOX_STEP, BOX_FORMAT, TOKENS,
+            tl.where(own, AREA - moved, moved).to(tl.float32) * (1.0 / AREA), maps_stride, indices_stride, boxes_stride,
+            top_k, GH, GW, MH, MW, CLASSES, MAP_VEC, BOX_STEP, BOX_FORMAT, TOKENS,
         )  # fmt: skip
         lam_weight = tl.where(own, lam, 65536 - lam).to(tl.float32) * 0.0000152587890625
         by_lam = (kind == K_COPY) | (kind == K_MIXUP)
@@ -739,8 +736,8 @@ def write_targets(
 def mix_kernel(
     images, out, labels, partner, maps, indices, boxes, mask, targets, weights, mask_out, mean, rstd, ratio_table,
     mix_table, cut_table, seed, seed_high, sample_offset, batch, images_stride, out_stride, labels_stride, maps_stride,
-    indices_stride, boxes_stride, top_k, mixes, switches, lam_constant, tokens_constant, minimum_tokens, cut_low_h, cut_span_h,
-    cut_low_w, cut_span_w, smoothing,
+    indices_stride, boxes_stride, top_k, mixes, switches, lam_constant, tokens_constant, minimum_tokens, cut_low_h,
+    cut_span_h, cut_low_w, cut_span_w, smoothing,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SH: tl.constexpr,
     SW: tl.constexpr, OC: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
     COLS: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, MODE: tl.constexpr,

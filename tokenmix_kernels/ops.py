@@ -17,9 +17,9 @@ __all__: list[str] = []
 
 # `mode` has another name here: what functionalises operators that mutate has a parameter of that name itself.
 SETTINGS = (
-    "int num_classes, int patch_size, str mask_type, str mixing_mode, float lam, int minimum_tokens, float mixup_alpha, "
-    "float cutmix_alpha, float prob, float switch_prob, float[] minmax, bool correct_lam, float label_smoothing, "
-    "float[] mean, float[] std, str box_format"
+    "int num_classes, int patch_size, str mask_type, str mixing_mode, float lam, int minimum_tokens, "
+    "float mixup_alpha, float cutmix_alpha, float prob, float switch_prob, float[] minmax, bool correct_lam, "
+    "float label_smoothing, float[] mean, float[] std, str box_format"
 )
 INPUTS = (
     "Tensor labels, Tensor? partner, Tensor? maps, Tensor? indices, Tensor? boxes, Tensor? mask, Tensor seed, "
