@@ -18,13 +18,17 @@ import pytest
 import timm
 import torch
 from torchvision.datasets import ImageFolder
+from train_helpers import family, finish, make_bank, make_folder, start, tiny
 
-from tests.train_helpers import family, finish, make_bank, make_folder, start, tiny
+from tokenmix_kernels import TopKMaps, tokenmix
 from train import checkpoint
 from train.config import load_recipe, parse
 from train.data import EpochOrder, load_data
 from train.guard import NonFiniteLoss, replay
 from train.loop import build, mixing_seed, train
+from train.picture import token_evidence
+from train.profile_mixers import PublishedWay, profile_mixers
+from train.study import extreme_tokens, replace_tokens
 from train.teacher import mirror, probe, warp_maps
 
 
@@ -290,9 +294,6 @@ def test_probe_separates_and_folds_the_standardisation() -> None:
 
 
 def test_picture_weights_are_the_evidence_it_shows(folder: Path, bank: Path, tmp_path: Path) -> None:
-    from tokenmix_kernels import tokenmix
-    from train.picture import token_evidence
-
     run = build(parse(tiny(folder, tmp_path, "--maps", str(bank), "--aa", "none")))
     batch = next(run.loader.epoch(0))
     maps, boxes = run.evidence(batch)
@@ -301,6 +302,40 @@ def test_picture_weights_are_the_evidence_it_shows(folder: Path, bank: Path, tmp
     evidence = token_evidence(maps, boxes, mixed.mask.shape[1:], 8)
     torch.testing.assert_close((evidence * ~mixed.mask).sum((1, 2)), mixed.weights[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close((evidence.flip(0) * mixed.mask).sum((1, 2)), mixed.weights[:, 1], rtol=0, atol=1e-5)
+
+
+def test_published_way_and_ours_agree() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 3, 56, 56, generator=generator)
+    labels = torch.randint(20, (6,), generator=generator)
+    values = torch.rand(6, 3, 18, 18, generator=generator)
+    indices = ((labels[:, None] + torch.arange(3)) % 20)[:, :, None, None].expand(values.shape).contiguous()
+    mixed, targets = PublishedWay(values, indices, 20, 8, 3)(images.clone(), labels)
+    mask = (mixed != images).any(1).unflatten(1, (7, 8)).unflatten(3, (7, 8)).any(4).any(2)  # [B, 7, 7]
+    assert bool((mask == mask[0]).all()) and 24 + 3 - 2 <= int(mask[0].sum()) <= 24 + 3
+    ours = tokenmix(images, labels, num_classes=20, maps=TopKMaps(values, indices), mask=mask, patch_size=8)
+    torch.testing.assert_close(ours.images, mixed)
+    torch.testing.assert_close(ours.targets, targets, rtol=0, atol=1e-5)
+
+
+def test_profile_writes_all_mixers(tmp_path: Path) -> None:
+    profile = profile_mixers(parse(tiny(Path("unused"), tmp_path, "--max-steps", "2", "--batch-size", "4")))
+    assert json.loads((tmp_path / "mixers.json").read_text()) == profile
+    for row in profile["mixers"].values():
+        assert 0 < row["mixing_ms"] < row["step_ms"]
+    assert (tmp_path / "mixers.png").is_file()
+
+
+def test_study_pastes_over_the_evidence() -> None:
+    evidence = torch.rand(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    most, least = extreme_tokens(evidence, 4, True), extreme_tokens(evidence, 4, False)
+    assert most.flatten(1).sum(1).tolist() == [4] * 5 and not (most & least).any()
+    for i in range(5):
+        assert evidence[i][most[i]].min() >= evidence[i][~most[i]].max()
+        assert evidence[i][least[i]].max() <= evidence[i][~least[i]].min()
+    images, others = torch.zeros(5, 3, 6, 8), torch.ones(5, 3, 6, 8)
+    replaced = replace_tokens(images, others, most)
+    assert torch.equal(replaced[:, 0, 1::2, 1::2].bool(), most) and replaced.sum() == 5 * 4 * 4 * 3
 
 
 @pytest.mark.skipif(find_spec("elpv_dataset") is None, reason="elpv-dataset is not installed (extra demo)")

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -132,32 +132,73 @@ def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, ra
     return evidence or _teacher_evidence(args, name, data, device, warped)
 
 
+class Teacher(NamedTuple):
+    """A teacher that knows the data's classes, and where its maps of the training images are kept."""
+
+    maps: ActivationTeacher
+    size: int  # of its input
+    title: str
+    bank: Path
+
+
 def _teacher_evidence(args: argparse.Namespace, name: str, data: Data, device: torch.device, warped: bool) -> Evidence:
+    loaded, path = _load(args, name, data)
+    if path.is_file() and not args.online:
+        bank = MapBank.open(path)
+        bank.check(count=len(data.train), labels=data.labels, digest=data.digest)
+        return BankEvidence(bank, warped)
+    teacher = _fit(args, data, device, loaded, path)
+    if args.online:
+        return OnlineEvidence(teacher.maps, teacher.size, teacher.title)
+    return BankEvidence(build_bank(teacher, data, device, args.num_workers), warped)
+
+
+def make_teacher(args: argparse.Namespace, data: Data, device: torch.device) -> Teacher:
+    """The teacher that --teacher and --teacher-weights name, with its probe fitted where it needs one.
+
+    Raises:
+        ValueError: no teacher is named, or it does not know the data's classes.
+    """
+    name = args.teacher or (LITE0 if args.data == "elpv" else None)
+    if name is None:
+        raise ValueError("--teacher must name a timm model")
+    return _fit(args, data, device, *_load(args, name, data))
+
+
+class _Loaded(NamedTuple):
+    model: Any
+    probe: bool
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    title: str
+
+
+def _load(args: argparse.Namespace, name: str, data: Data) -> tuple[_Loaded, Path]:
+    """The teacher as it comes, and the name of its bank, in which everything that its maps depend on has a part."""
     probe = args.data != "imagefolder" if args.probe is None else args.probe
-    title = name + (f" ({Path(args.teacher_weights).name})" if args.teacher_weights else "")
-    title += " with a linear probe" if probe else ""
     weights = _weights_file(name, args.teacher_weights)
     model: Any = load_teacher(name, weights)
     if not probe and model.num_classes != len(data.classes):
         raise ValueError(f"the teacher {name} knows {model.num_classes} classes, the data has {len(data.classes)}: "
                          "use --probe, or --teacher-weights for these classes")
     config = model.pretrained_cfg
-    mean, std = (LITE0_MEAN, LITE0_STD) if weights and name == LITE0 else (config["mean"], config["std"])
     size = args.teacher_size or config["input_size"][-1]
+    mean, std = (LITE0_MEAN, LITE0_STD) if weights and name == LITE0 else (config["mean"], config["std"])
+    title = name + (f" ({Path(args.teacher_weights).name})" if args.teacher_weights else "")
+    title += " with a linear probe" if probe else ""
     identity = f"{title}/{weights and hashlib.sha256(weights.read_bytes()).hexdigest()}/{size}/{data.digest}"
     stem = f"{Path(data.name).name}-{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    path = Path(args.cache) / f"{stem}.bank"
-    if path.is_file() and not args.online:
-        bank = MapBank.open(path)
-        bank.check(count=len(data.train), labels=data.labels, digest=data.digest)
-        return BankEvidence(bank, warped)
-    model = model.to(device=device, memory_format=torch.channels_last)
-    if probe:
-        fit_probe(model, data, size, mean, std, device, path.with_suffix(".probe.pt"), args.num_workers)
-    teacher = ActivationTeacher(model, mean=mean, std=std)
-    if args.online:
-        return OnlineEvidence(teacher, size, title)
-    return BankEvidence(build_bank(teacher, data, size, title, path, device, args.num_workers), warped)
+    return _Loaded(model, probe, size, mean, std, title), Path(args.cache) / f"{stem}.bank"
+
+
+def _fit(args: argparse.Namespace, data: Data, device: torch.device, loaded: _Loaded, path: Path) -> Teacher:
+    model = loaded.model.to(device=device, memory_format=torch.channels_last)
+    if loaded.probe:
+        fit_probe(model, data, loaded.size, loaded.mean, loaded.std, device, path.with_suffix(".probe.pt"),
+                  args.num_workers)
+    maps = ActivationTeacher(model, mean=tuple(loaded.mean), std=tuple(loaded.std))
+    return Teacher(maps, loaded.size, loaded.title, path)
 
 
 def _weights_file(name: str, given: str | None) -> Path | None:
@@ -202,18 +243,27 @@ def _whole_images(
             bar.update(len(images))
 
 
-def build_bank(
-    teacher: ActivationTeacher, data: Data, size: int, title: str, path: Path, device: torch.device, workers: int
-) -> MapBank:
+def whole_maps(
+    teacher: Teacher, source: Any, labels: Sequence[int], ids: Sequence[int], device: torch.device, workers: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(ids, maps [B, h, w] of the own labels, (height, width) of the images) of whole images, batch by batch."""
+    own = torch.tensor(labels)
+    title = "teacher: activation maps"
+    for images, batch_ids, sizes in _whole_images(source, teacher.size, ids, device, workers, title):
+        yield batch_ids, teacher.maps(images, own[batch_ids].to(device)), sizes
+
+
+def build_bank(teacher: Teacher, data: Data, device: torch.device, workers: int) -> MapBank:
     """Maps of the own label of every whole training image; goes on with a bank that was left unfinished."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    labels = torch.tensor(data.labels)
-    blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
-    grid = teacher(blank, labels[:1].to(device)).shape[1:]
-    with MapBankWriter.create(path, len(data.train), (grid[0], grid[1]), labels, None, title, data.digest) as writer:
+    teacher.bank.parent.mkdir(parents=True, exist_ok=True)
+    blank = torch.zeros(1, 3, teacher.size, teacher.size, dtype=torch.uint8, device=device)
+    h, w = teacher.maps(blank, torch.zeros(1, dtype=torch.int64, device=device)).shape[1:]
+    with MapBankWriter.create(
+        teacher.bank, len(data.train), (h, w), data.labels, None, teacher.title, data.digest
+    ) as writer:
         pending = writer.pending().tolist()
-        for images, ids, sizes in _whole_images(data.train, size, pending, device, workers, "teacher: activation maps"):
-            writer.write(ids, teacher(images, labels[ids].to(device)), sizes)
+        for ids, maps, sizes in whole_maps(teacher, data.train, data.labels, pending, device, workers):
+            writer.write(ids, maps, sizes)
         return writer.finish()
 
 
