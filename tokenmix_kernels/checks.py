@@ -123,8 +123,8 @@ def check_labels(
             raise ValueError(f"labels must be in [0, {classes}), got {low if low < 0 else high}")
 
 
-def check_maps(maps: Tensor, indices: Tensor | None, batch: int, device_of: Tensor) -> None:
-    """Raise TypeError or ValueError for activation maps of a form that is not known."""
+def check_maps(maps: Tensor, indices: Tensor | None, batch: int, device_of: Tensor, ids: Tensor | None = None) -> None:
+    """Raise TypeError or ValueError for activation maps of an unknown form, or ids that are not rows of them."""
     is_tensor("maps", maps)
     if maps.dtype not in MAP_DTYPES:
         raise TypeError(f"maps must be one of {names(MAP_DTYPES)}, got {names((maps.dtype,))}")
@@ -133,7 +133,9 @@ def check_maps(maps: Tensor, indices: Tensor | None, batch: int, device_of: Tens
             f"maps must be [B, h, w], [B, K, h, w], TopKMaps([B, k, h, w], [B, k, h, w]) or a packed "
             f"[B, 3, k, h, w] in place of labels, got {shape_of(maps)}"
         )
-    if maps.shape[0] != batch:
+    if ids is not None:
+        check_ids(ids, batch, maps)
+    elif maps.shape[0] != batch:
         raise ValueError(f"maps must be of the same {batch} images, got maps of {maps.shape[0]}")
     if not all(1 <= side <= LARGEST_MAP for side in maps.shape[-2:]) or maps.shape[1] == 0:
         raise ValueError(f"maps must be between 1x1 and {LARGEST_MAP}x{LARGEST_MAP} cells, got {shape_of(maps)}")
@@ -147,6 +149,59 @@ def check_maps(maps: Tensor, indices: Tensor | None, batch: int, device_of: Tens
             raise ValueError(f"indices must have the shape of the values {shape_of(maps)}, got {shape_of(indices)}")
         inner_contiguous("indices", indices)
         same_device("indices", indices, device_of)
+
+
+def check_ids(ids: Tensor, batch: int, maps: Tensor) -> None:
+    """Raise TypeError or ValueError for ids that are not rows of the maps."""
+    is_tensor("ids", ids)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids must be int64 or int32 rows of maps, got {names((ids.dtype,))}")
+    if ids.shape != (batch,) or not ids.is_contiguous():
+        raise ValueError(f"ids must be a contiguous [{batch}], one row of maps for each image, got {shape_of(ids)}")
+    same_device("ids", ids, maps)
+    if readable(ids):
+        low, high = (int(end) for end in torch.aminmax(ids))
+        if low < 0 or high >= maps.shape[0]:
+            raise ValueError(f"ids must be in [0, {maps.shape[0]}), got {low if low < 0 else high}")
+
+
+def check_places(
+    boxes: Tensor | None,
+    flips: Tensor | None,
+    affines: Tensor | None,
+    batch: int,
+    device_of: Tensor,
+    box_format: str = "xyxy",
+) -> None:
+    """Raise TypeError or ValueError for boxes, flips or affines that do not say where in its map an image lies."""
+    if affines is not None:
+        if boxes is not None or flips is not None:
+            raise ValueError("affines must not be given together with boxes or flips, which they hold")
+        check_affines(affines, batch, device_of)
+    if boxes is not None:
+        check_boxes(boxes, batch, device_of, box_format)
+    if flips is not None:
+        is_tensor("flips", flips)
+        if flips.dtype != torch.bool or flips.shape != (batch,) or not flips.is_contiguous():
+            raise ValueError(f"flips must be a contiguous bool [{batch}], got {flips.dtype} {shape_of(flips)}")
+        same_device("flips", flips, device_of)
+
+
+def check_affines(affines: Tensor, batch: int, device_of: Tensor) -> None:
+    """Raise TypeError or ValueError for affines that are not float32 [B, 2, 3], finite and invertible."""
+    is_tensor("affines", affines)
+    if affines.dtype != torch.float32:
+        raise TypeError(f"affines must be float32, got {names((affines.dtype,))}")
+    if affines.shape != (batch, 2, 3) or not affines.is_contiguous():
+        raise ValueError(f"affines must be a contiguous [{batch}, 2, 3], got {shape_of(affines)}")
+    same_device("affines", affines, device_of)
+    if readable(affines):
+        if not affines.isfinite().all():
+            raise ValueError("affines must be finite")
+        singular = affines[:, :, :2].det() == 0
+        if singular.any():
+            first = int(singular.nonzero()[0])
+            raise ValueError(f"affines must be invertible, got {affines[first].tolist()} for image {first}")
 
 
 def check_boxes(boxes: Tensor, batch: int, device_of: Tensor, box_format: str = "xyxy") -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .settings import BATCH, BLOCK, CUTMIX, GIVEN, MASK_TYPES, MIXUP, MODES, PAIR, RANDOM, Settings, plan
 from .tables import BETA_BITS, RATIO_BITS, device_table
 
-__all__ = ["arguments", "launch_shape", "mix", "mix_kernel", "pool_targets", "token_mask"]
+__all__ = ["arguments", "launch_shape", "mix", "mix_inplace", "mix_kernel", "pool_targets", "token_mask"]
 
 # Global constants that kernels read.
 K_HEADER = tl.constexpr(0)
@@ -37,6 +37,7 @@ K_PAIR = tl.constexpr(PAIR)
 K_RATIO_MASK = tl.constexpr((1 << RATIO_BITS) - 1)
 K_BETA_BITS = tl.constexpr(BETA_BITS)
 SHIFTED = tl.constexpr(1 << 16)
+K_SAMPLES = tl.constexpr(64.0)
 K_NONE = tl.constexpr(0x7FFF0000)
 K_UNFIT = tl.constexpr(0x7FFFFFFF)
 
@@ -564,15 +565,20 @@ def taken_share(
 
 @triton.jit
 def own_map(
-    maps, indices, n, label, maps_stride, indices_stride, top_k,
+    maps, indices, ids, n, label, maps_stride, indices_stride, map_rows, top_k,
     CLASSES: tl.constexpr, CELLS: tl.constexpr, SIZE: tl.constexpr, MAP_VEC: tl.constexpr,
 ):  # fmt: skip
-    """The activation map of an image's own label, flat [CELLS] fp32; zeros where the label is absent.
+    """The activation map of an image's own label, flat [CELLS] fp32; zeros where the label or the id is absent.
 
     CLASSES is 0 for maps of the own label; with `indices` it is the k of the top-k. Of equal indices the last counts.
     """
     cell = tl.arange(0, CELLS)
     real = cell < SIZE
+    if ids is not None:
+        n = tl.load(ids + n).to(tl.int64)
+        listed = (n >= 0) & (n < map_rows)
+        n = tl.where(listed, n, 0)
+        real = real & listed
     first = tl.multiple_of(n * maps_stride, MAP_VEC)
     if CLASSES > 0 and indices is None:
         known = (label >= 0) & (label < CLASSES)
@@ -616,7 +622,7 @@ def resample(
     extent = tl.maximum((high - low) * SIZE, 1.0)
     first = low * SIZE - 0.5
     length = tl.div_rn(extent, tl.full([], GRID, tl.float32))
-    samples = tl.ceil(length)
+    samples = tl.minimum(tl.ceil(length), K_SAMPLES)
     total = cell.to(tl.float32) * 0.0
     s = tl.zeros([], tl.float32)
     while s < samples:
@@ -634,8 +640,74 @@ def resample(
 
 
 @triton.jit
+def resample_affine(
+    flat, affine, token,
+    GH: tl.constexpr, GW: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr,
+):  # fmt: skip
+    """A map averaged over the tokens of a grid that an affine takes into it, by the rule of `resample`: [TOKENS].
+
+    affine points to (a, b, c, d, e, f): output (u, v) in [0, 1]^2 shows (a u + b v + c, d u + e v + f) of the map.
+    """
+    a, b, c = tl.load(affine), tl.load(affine + 1), tl.load(affine + 2)
+    d, e, f = tl.load(affine + 3), tl.load(affine + 4), tl.load(affine + 5)
+    width, height = tl.full([], GW, tl.float32), tl.full([], GH, tl.float32)
+    across = tl.div_rn(tl.maximum(tl.maximum(tl.abs(a) * MW, tl.abs(d) * MH), 1.0), width)
+    down = tl.div_rn(tl.maximum(tl.maximum(tl.abs(b) * MW, tl.abs(e) * MH), 1.0), height)
+    across, down = tl.minimum(tl.ceil(across), K_SAMPLES), tl.minimum(tl.ceil(down), K_SAMPLES)
+    column = (token % GW).to(tl.float32)
+    row = tl.minimum(token // GW, GH - 1).to(tl.float32)
+    total = column * 0.0
+    t = tl.zeros([], tl.float32)
+    while t < down:
+        v = tl.div_rn(row + tl.div_rn(t + 0.5, down), height)
+        s = tl.zeros([], tl.float32)
+        while s < across:
+            u = tl.div_rn(column + tl.div_rn(s + 0.5, across), width)
+            x = (a * u + b * v + c) * MW - 0.5
+            y = (d * u + e * v + f) * MH - 0.5
+            used = (x >= -1.0) & (x <= MW) & (y >= -1.0) & (y <= MH)
+            x = tl.minimum(tl.maximum(x, 0.0), MW - 1.0)
+            y = tl.minimum(tl.maximum(y, 0.0), MH - 1.0)
+            left, top = x.to(tl.int32), y.to(tl.int32)
+            right, bottom = tl.minimum(left + 1, MW - 1), tl.minimum(top + 1, MH - 1)
+            x, y = x - left.to(tl.float32), y - top.to(tl.float32)
+            four = tl.join(
+                tl.join(top * MW + left, bottom * MW + left), tl.join(top * MW + right, bottom * MW + right)
+            )  # [TOKENS, 2, 2]
+            near, far = tl.split(tl.reshape(tl.gather(flat, tl.ravel(four), 0), four.shape))
+            upper, lower = tl.split(near + x[:, None] * (far - near))
+            total += tl.where(used, upper + y * (lower - upper), 0.0)
+            s += 1.0
+        t += 1.0
+    return total * tl.div_rn(1.0, across * down)
+
+
+@triton.jit
+def pool_box(
+    flat, boxes, flips, n, column, line, boxes_stride,
+    GH: tl.constexpr, GW: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, BOX_STEP: tl.constexpr,
+    BOX_FORMAT: tl.constexpr,
+):  # fmt: skip
+    """A map averaged over the tokens (line, column) of the grid that lies on its box, mirrored where it is flipped."""
+    STRIPES: tl.constexpr = triton.next_power_of_2(MH * GW)
+    if boxes is None:
+        x0 = tl.zeros([], tl.float32)
+        y0, x1 = x0, x0 + 1.0
+        y1 = x1
+    else:
+        x0, y0, x1, y1 = corners(boxes, n, boxes_stride, BOX_STEP, BOX_FORMAT)
+    if flips is not None:
+        column = tl.where(tl.load(flips + n) != 0, GW - 1 - column, column)
+    stripe = tl.arange(0, STRIPES)
+    row = tl.minimum(stripe // GW, MH - 1)
+    stripes = resample(flat, x0, x1, row, stripe % GW, MW, 1, MW, GW)  # [MH * GW]
+    return resample(stripes, y0, y1, column, line, 1, GW, MH, GH)
+
+
+@triton.jit
 def pool(
-    maps, indices, boxes, n, label, share, area, maps_stride, indices_stride, boxes_stride, top_k,
+    maps, indices, ids, boxes, flips, affines, n, label, share, area, maps_stride, indices_stride, boxes_stride,
+    map_rows, top_k,
     GH: tl.constexpr, GW: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr,
     MAP_VEC: tl.constexpr, BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -644,23 +716,21 @@ def pool(
     Without evidence (its sum is not a positive number) it is its share of the area.
     """
     CELLS: tl.constexpr = triton.next_power_of_2(MH * MW)
-    STRIPES: tl.constexpr = triton.next_power_of_2(MH * GW)
     token = tl.arange(0, TOKENS)
     kept = area
     if maps is not None:
-        flat = own_map(maps, indices, n, label, maps_stride, indices_stride, top_k, CLASSES, CELLS, MH * MW, MAP_VEC)
-        if boxes is None:
-            x0 = tl.zeros([], tl.float32)
-            y0, x1 = x0, x0 + 1.0
-            y1 = x1
-        else:
-            x0, y0, x1, y1 = corners(boxes, n, boxes_stride, BOX_STEP, BOX_FORMAT)
-        stripe = tl.arange(0, STRIPES)
-        row = tl.minimum(stripe // GW, MH - 1)
-        stripes = resample(flat, x0, x1, row, stripe % GW, MW, 1, MW, GW)  # [MH * GW]
+        flat = own_map(
+            maps, indices, ids, n, label, maps_stride, indices_stride, map_rows, top_k,
+            CLASSES, CELLS, MH * MW, MAP_VEC,
+        )  # fmt: skip
         real = token < GH * GW
         line = tl.minimum(token // GW, GH - 1)
-        pooled = resample(stripes, y0, y1, token % GW, line, 1, GW, MH, GH)  # [GH * GW]
+        if affines is not None:
+            pooled = resample_affine(flat, affines + n * 6, token, GH, GW, MH, MW)
+        else:
+            pooled = pool_box(
+                flat, boxes, flips, n, token % GW, line, boxes_stride, GH, GW, MH, MW, BOX_STEP, BOX_FORMAT
+            )
         pooled = tl.where(real, pooled, 0.0)
         total = tl.sum(pooled, 0)
         evidence = tl.sum(pooled * share, 0)
@@ -670,8 +740,9 @@ def pool(
 
 @triton.jit
 def write_targets(
-    labels, maps, indices, boxes, targets, weights, mask_out, i, j, side, kind, lam, words, covered, top, bottom, left,
-    right, labels_stride, maps_stride, indices_stride, boxes_stride, top_k, smoothing,
+    labels, maps, indices, ids, boxes, flips, affines, targets, weights, mask_out, i, j, side, kind, lam, words,
+    covered, top, bottom, left, right, labels_stride, maps_stride, indices_stride, boxes_stride, map_rows, top_k,
+    smoothing,
     GH: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr,
     MAP_VEC: tl.constexpr, BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr, WORD_ROWS: tl.constexpr,
     WORDS: tl.constexpr, K: tl.constexpr, MASK_TYPE: tl.constexpr, LAM_WEIGHTS: tl.constexpr,
@@ -700,9 +771,9 @@ def write_targets(
         own = n == 0
         share = tl.where(real, tl.where(own, 1.0 - taken, taken), 0.0)
         weight = pool(
-            maps, indices, boxes, tl.where(own, i, j), tl.where(own, label_i, label_j), share,
+            maps, indices, ids, boxes, flips, affines, tl.where(own, i, j), tl.where(own, label_i, label_j), share,
             tl.where(own, AREA - moved, moved).to(tl.float32) * (1.0 / AREA), maps_stride, indices_stride, boxes_stride,
-            top_k, GH, GW, MH, MW, CLASSES, MAP_VEC, BOX_STEP, BOX_FORMAT, TOKENS,
+            map_rows, top_k, GH, GW, MH, MW, CLASSES, MAP_VEC, BOX_STEP, BOX_FORMAT, TOKENS,
         )  # fmt: skip
         lam_weight = tl.where(own, lam, 65536 - lam).to(tl.float32) * 0.0000152587890625
         by_lam = (kind == K_COPY) | (kind == K_MIXUP)
@@ -719,8 +790,8 @@ def write_targets(
         WIDE: tl.constexpr = min(1024, triton.next_power_of_2(K))
         row = targets + i * K
         if side == 0:
-            own_column = label_i.to(tl.int32)
-            other_column = tl.where(same, -4, label_j).to(tl.int32)
+            own_column = tl.where((label_i >= 0) & (label_i < K), label_i, -1).to(tl.int32)
+            other_column = tl.where(same | (label_j < 0) | (label_j >= K), -4, label_j).to(tl.int32)
             for start in range(0, K, WIDE):
                 column = start + tl.arange(0, WIDE)
                 value = tl.where(column == own_column, rest + raised, rest)
@@ -732,12 +803,12 @@ def write_targets(
             tl.store(row + label_j, rest + raised)
 
 
-@triton.jit(do_not_specialize=["seed_high", "sample_offset", "tokens_constant", "batch", "top_k"])
+@triton.jit(do_not_specialize=["seed_high", "sample_offset", "tokens_constant", "batch", "map_rows", "top_k"])
 def mix_kernel(
-    images, out, labels, partner, maps, indices, boxes, mask, targets, weights, mask_out, mean, rstd, ratio_table,
-    mix_table, cut_table, seed, seed_high, sample_offset, batch, images_stride, out_stride, labels_stride, maps_stride,
-    indices_stride, boxes_stride, top_k, mixes, switches, lam_constant, tokens_constant, minimum_tokens, cut_low_h,
-    cut_span_h, cut_low_w, cut_span_w, smoothing,
+    images, out, labels, partner, maps, indices, ids, boxes, flips, affines, mask, targets, weights, mask_out, mean,
+    rstd, ratio_table, mix_table, cut_table, seed, seed_high, sample_offset, batch, images_stride, out_stride,
+    labels_stride, maps_stride, indices_stride, boxes_stride, map_rows, top_k, mixes, switches, lam_constant, tokens_constant,
+    minimum_tokens, cut_low_h, cut_span_h, cut_low_w, cut_span_w, smoothing,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SH: tl.constexpr,
     SW: tl.constexpr, OC: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
     COLS: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, MODE: tl.constexpr,
@@ -768,8 +839,9 @@ def mix_kernel(
         )  # fmt: skip
         if program < 2:
             write_targets(
-                labels, maps, indices, boxes, targets, weights, mask_out, i, j, program, kind, lam, words, covered, top,
-                bottom, left, right, labels_stride, maps_stride, indices_stride, boxes_stride, top_k, smoothing,
+                labels, maps, indices, ids, boxes, flips, affines, targets, weights, mask_out, i, j, program, kind, lam,
+                words, covered, top, bottom, left, right, labels_stride, maps_stride, indices_stride, boxes_stride,
+                map_rows, top_k, smoothing,
                 GH, GW, P, MH, MW, CLASSES, MAP_VEC, BOX_STEP, BOX_FORMAT, WORD_ROWS, WORDS, K, MASK_TYPE, LAM_WEIGHTS,
             )  # fmt: skip
         elif images is not None:
@@ -928,6 +1000,9 @@ def arguments(
     shape: tuple[int, ...],
     settings: Settings,
     device: torch.device,
+    ids: Tensor | None = None,
+    flips: Tensor | None = None,
+    affines: Tensor | None = None,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the arguments by name of a launch of `mix_kernel`. Nothing here waits for a device."""
     batch, _, height, width = shape
@@ -950,7 +1025,7 @@ def arguments(
         shape, strides, out_strides, in_bytes, out_bytes, plain, map_shape, map_vec,
         0 if boxes is None else boxes.stride(1), images is not None and images is out, settings,
     )  # fmt: skip
-    if seed.device.type == "cpu" and device.type != "meta":
+    if seed.device.type == "cpu":
         number = int(seed)
         low, high = number & 0xFFFFFFFF, number >> 32
         seed_low: Any = low - (low >> 31 << 32)
@@ -961,8 +1036,8 @@ def arguments(
     drawn_lam = planned.lam < 0 and fixed["MASK_TYPE"] != GIVEN
     return (batch * fixed["PROGRAMS"],), {
         "images": images, "out": out, "labels": labels, "partner": partner, "maps": maps, "indices": indices,
-        "boxes": boxes, "mask": mask, "targets": targets, "weights": weights, "mask_out": mask_out,
-        "mean": mean, "rstd": rstd,
+        "ids": ids, "boxes": boxes, "flips": flips, "affines": affines, "mask": mask,
+        "targets": targets, "weights": weights, "mask_out": mask_out, "mean": mean, "rstd": rstd,
         "ratio_table": device_table("ratio", 0.0, device) if fixed["MASK_TYPE"] == BLOCK else None,
         "mix_table": device_table("beta", settings.mixup_alpha, device) if fixed["HAS_MIXUP"] else None,
         "cut_table": device_table("beta", settings.cutmix_alpha, device) if drawn_lam else None,
@@ -972,6 +1047,7 @@ def arguments(
         "maps_stride": 0 if maps is None else maps.stride(0),
         "indices_stride": 0 if indices is None else indices.stride(0),
         "boxes_stride": 0 if boxes is None else boxes.stride(0),
+        "map_rows": 0 if maps is None else maps.shape[0],
         # An argument, not a constant: the loop over it must not be unrolled into registers.
         "top_k": fixed["CLASSES"], "mixes": planned.mixes, "switches": planned.switches, "lam_constant": planned.lam,
         "tokens_constant": planned.tokens, "minimum_tokens": settings.minimum_tokens,
@@ -985,6 +1061,7 @@ def arguments(
 def mix(
     images: Tensor, labels: Tensor, out: Tensor, partner: Tensor | None, maps: Tensor | None, indices: Tensor | None,
     boxes: Tensor | None, mask: Tensor | None, seed: Tensor, sample_offset: int, settings: Settings,
+    ids: Tensor | None = None, flips: Tensor | None = None, affines: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Mix a batch into `out` (which may be `images`) and return (targets, mask, weights), in one launch."""
     batch, _, height, width = images.shape
@@ -994,10 +1071,21 @@ def mix(
     mask_out = torch.empty(batch, grid_h, grid_w, dtype=torch.bool, device=images.device)
     grid, named = arguments(
         images, out, labels, partner, maps, indices, boxes, mask, seed, sample_offset, targets, weights, mask_out,
-        tuple(images.shape), settings, images.device,
+        tuple(images.shape), settings, images.device, ids, flips, affines,
     )  # fmt: skip
     mix_kernel[grid](**named)
     return targets, mask_out, weights
+
+
+def mix_inplace(
+    images: Tensor, labels: Tensor, partner: Tensor | None, maps: Tensor | None, indices: Tensor | None,
+    boxes: Tensor | None, mask: Tensor | None, seed: Tensor, sample_offset: int, settings: Settings,
+    ids: Tensor | None = None, flips: Tensor | None = None, affines: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Mix a batch into itself; the partner's partner must be the own image."""
+    return mix(
+        images, labels, images, partner, maps, indices, boxes, mask, seed, sample_offset, settings, ids, flips, affines
+    )
 
 
 def token_mask(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: int, settings: Settings) -> Tensor:
@@ -1014,7 +1102,7 @@ def token_mask(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: i
 
 def pool_targets(
     maps: Tensor, indices: Tensor | None, labels: Tensor, mask: Tensor, boxes: Tensor | None, partner: Tensor | None,
-    box_format: str,
+    box_format: str, ids: Tensor | None = None, flips: Tensor | None = None, affines: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Weights alone, [B, 2] fp32 (own, partner), for masks that are already there."""
     settings = Settings(num_classes=1, patch_size=1, mask_type="given", box_format=box_format)
@@ -1022,7 +1110,7 @@ def pool_targets(
     seed = torch.zeros((), dtype=torch.int64)
     launch_grid, named = arguments(
         None, None, labels, partner, maps, indices, boxes, mask, seed, 0, None, weights, None,
-        (len(mask), 1, *mask.shape[1:]), settings, maps.device,
+        (len(mask), 1, *mask.shape[1:]), settings, maps.device, ids, flips, affines,
     )  # fmt: skip
     mix_kernel[launch_grid](**named)
     return weights

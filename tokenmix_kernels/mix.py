@@ -131,6 +131,9 @@ class TokenMix(nn.Module):
         maps: Maps | None = None,
         boxes: Tensor | None = None,
         *,
+        ids: Tensor | None = None,
+        flips: Tensor | None = None,
+        affines: Tensor | None = None,
         partner: Tensor | None = None,
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -145,8 +148,8 @@ class TokenMix(nn.Module):
         """
         settings = self.settings if self.mixup_enabled else self.unmixed
         mixed = run(
-            images, labels, maps, boxes, None, partner, seed, generator, sample_offset, out, self.out_dtype, backend,
-            settings, self.crop_format,
+            images, labels, maps, boxes, ids, flips, affines, None, partner, seed, generator, sample_offset, out,
+            self.out_dtype, backend, settings, self.crop_format,
         )  # fmt: skip
         return mixed[0], mixed[1]
 
@@ -163,6 +166,9 @@ def tokenmix(
     num_classes: int,
     maps: Maps | None = None,
     boxes: Tensor | None = None,
+    ids: Tensor | None = None,
+    flips: Tensor | None = None,
+    affines: Tensor | None = None,
     mask: Tensor | None = None,
     partner: Tensor | None = None,
     patch_size: int = 16,
@@ -201,6 +207,11 @@ def tokenmix(
         maps: activation maps: of the own label [B, h, w], of all classes [B, K, h, w], or `TopKMaps`; up to 64x64
             cells. Without maps, or for an image whose map has no positive sum, weights are shares of the area.
         boxes: [B, 4] (x0, y0, x1, y1) in [0, 1]: the part of its map that an image shows. Without, all of it.
+        ids: [B] int64 or int32 rows of `maps`, which then holds the maps of more images than the batch's: a whole
+            data set's (`MapBank.values`, which may be bytes: a map's scale does not matter).
+        flips: [B] bool, images that show their box mirrored from left to right.
+        affines: [B, 2, 3] float32, in place of boxes and flips: output (u, v) in [0, 1]^2 shows affine (u, v, 1) of the
+            source, as `transforms.Geometry.affine` has it.
         mask: [B, Gh, Gw] bool, True = from the partner; drawn if not given.
         partner: [B] int64 or int32 indices; the batch reversed if not given.
         patch_size, lam, minimum_tokens, mask_type, mode, label_smoothing, cutmix_alpha, cutmix_minmax, correct_lam,
@@ -228,8 +239,8 @@ def tokenmix(
         minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
     )  # fmt: skip
     return run(
-        images, labels, maps, boxes, mask, partner, seed, generator, sample_offset, out, out_dtype, backend, settings,
-        crop_format(crop_axes),
+        images, labels, maps, boxes, ids, flips, affines, mask, partner, seed, generator, sample_offset, out, out_dtype,
+        backend, settings, crop_format(crop_axes),
     )  # fmt: skip
 
 
@@ -288,6 +299,9 @@ def pool_targets(
     mask: Tensor,
     *,
     boxes: Tensor | None = None,
+    ids: Tensor | None = None,
+    flips: Tensor | None = None,
+    affines: Tensor | None = None,
     partner: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -297,7 +311,7 @@ def pool_targets(
         maps: [B, h, w], [B, K, h, w] or `TopKMaps`, as for `tokenmix`.
         labels: [B] int64 or int32.
         mask: [B, Gh, Gw] bool, True = from the partner.
-        boxes, partner, backend: as for `tokenmix`.
+        boxes, ids, flips, affines, partner, backend: as for `tokenmix`.
 
     Returns:
         [B, 2] float32: what is left of the own image and of the partner.
@@ -312,16 +326,15 @@ def pool_targets(
     batch = mask.shape[0]
     checks.check_grid(*mask.shape[1:])
     checks.check_mask(mask, batch, (mask.shape[1], mask.shape[2]), mask)
-    checks.check_maps(values, indices, batch, mask)
-    checks.check_labels(labels, values, None)
-    if boxes is not None:
-        checks.check_boxes(boxes, batch, mask)
+    checks.check_maps(values, indices, batch, mask, ids)
+    checks.check_labels(labels, mask, None)
+    checks.check_places(boxes, flips, affines, batch, mask)
     if partner is not None:
         checks.check_partner(partner, batch, mask)
     module = backend_of(backend, values)
     if module is not None:
-        return module.pool_targets(values, indices, labels, mask, boxes, partner, "xyxy")
-    return ops.pool_targets(values, indices, labels, mask, boxes, partner, "xyxy")
+        return module.pool_targets(values, indices, labels, mask, boxes, partner, "xyxy", ids, flips, affines)
+    return ops.pool_targets(values, indices, labels, mask, boxes, partner, "xyxy", ids, flips, affines)
 
 
 @cache
@@ -387,6 +400,9 @@ def run(
     labels: Tensor,
     maps: Maps | None,
     boxes: Tensor | None,
+    ids: Tensor | None,
+    flips: Tensor | None,
+    affines: Tensor | None,
     mask: Tensor | None,
     partner: Tensor | None,
     seed: int | Tensor | None,
@@ -409,11 +425,12 @@ def run(
     else:
         checks.check_labels(labels, images, settings.num_classes)
     if values is not None:
-        checks.check_maps(values, indices, batch, images)
-    if boxes is not None:
-        if values is None:
-            raise ValueError("boxes must come with maps: they say which part of its map an image shows")
-        checks.check_boxes(boxes, batch, images, settings.box_format)
+        checks.check_maps(values, indices, batch, images, ids)
+        checks.check_places(boxes, flips, affines, batch, images, settings.box_format)
+    else:
+        for name, place in (("boxes", boxes), ("ids", ids), ("flips", flips), ("affines", affines)):
+            if place is not None:
+                raise ValueError(f"{name} must come with maps, which say what part of its evidence an image shows")
     if mask is not None:
         patch = settings.patch_size
         checks.check_mask(mask, batch, (images.shape[2] // patch, images.shape[3] // patch), images)
@@ -429,17 +446,18 @@ def run(
     key = as_seed(seed, generator, images.device)
 
     module = backend_of(backend, images)
+    places = (ids, flips, affines)
     inputs = (labels, partner, values, indices, boxes, mask, key, sample_offset)
     if module is None:
         if out is None:
-            return Mixed(*ops.mix(images, *inputs, dtype, *settings))
+            return Mixed(*ops.mix(images, *inputs, dtype, *settings, *places))
         if in_place:
-            return Mixed(out, *ops.mix_inplace(images, *inputs, *settings))
-        return Mixed(out, *ops.mix_out(images, out, *inputs, *settings))
+            return Mixed(out, *ops.mix_inplace(images, *inputs, *settings, *places))
+        return Mixed(out, *ops.mix_out(images, out, *inputs, *settings, *places))
     if in_place and out is not None:
-        return Mixed(out, *module.mix_inplace(images, *inputs, settings))
+        return Mixed(out, *module.mix_inplace(images, *inputs, settings, *places))
     place = torch.empty_like(images, dtype=dtype) if out is None else out
-    return Mixed(place, *module.mix(images, labels, place, *inputs[1:], settings))
+    return Mixed(place, *module.mix(images, labels, place, *inputs[1:], settings, *places))
 
 
 def unpack_label_maps(

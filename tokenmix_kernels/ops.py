@@ -4,11 +4,13 @@ A CPU gets the reference, a GPU the kernels. None of them is differentiable. All
 take the constant part as the fields of `Settings`, in their order.
 """
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_fake, register_kernel
+from torch.library import custom_op
 
 from . import reference
 from .settings import Settings
@@ -25,12 +27,20 @@ INPUTS = (
     "Tensor labels, Tensor? partner, Tensor? maps, Tensor? indices, Tensor? boxes, Tensor? mask, Tensor seed, "
     "SymInt sample_offset"
 )
+# Where an image finds its map, and how it shows it; last, so that calls without them stay as they are.
+PLACES = "Tensor? ids=None, Tensor? flips=None, Tensor? affines=None"
 RESULTS = "Tensor targets, Tensor mask, Tensor weights"
 
 
 def as_settings(values: tuple[Any, ...]) -> Settings:
     """Settings from an operator's arguments, hashable."""
-    return Settings._make(tuple(value) if isinstance(value, list) else value for value in values)
+    fields = values[: len(Settings._fields)]
+    return Settings._make(tuple(value) if isinstance(value, list) else value for value in fields)
+
+
+def split(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """(settings, ids, flips, affines) from the end of an operator's arguments."""
+    return as_settings(values), *values[len(Settings._fields) :]
 
 
 def fake_results(images: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,110 +53,88 @@ def fake_results(images: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Te
     )
 
 
-def _mix(
-    images: Tensor, labels: Tensor, partner: Tensor | None, maps: Tensor | None, indices: Tensor | None,
-    boxes: Tensor | None, mask: Tensor | None, seed: Tensor, sample_offset: int, out_dtype: torch.dtype, *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out = torch.empty_like(images, dtype=out_dtype)
-    with_settings = as_settings(settings)
-    return out, *reference.mix(
-        images, labels, out, partner, maps, indices, boxes, mask, seed, sample_offset, with_settings
-    )
+def implementations(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """The operators' bodies by the functions of `reference` or of `kernels`, with the same names and arguments."""
+
+    def mix(images: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        inputs, out_dtype, constant = rest[:7], rest[7], split(rest[8:])
+        out = torch.empty_like(images, dtype=out_dtype)
+        return out, *module.mix(images, labels, out, *inputs, *constant)
+
+    def mix_out(images: Tensor, out: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return module.mix(images, labels, out, *rest[:7], *split(rest[7:]))
+
+    def mix_inplace(images: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return module.mix_inplace(images, labels, *rest[:7], *split(rest[7:]))
+
+    def token_mask(seed: Tensor, sample_offset: int, batch: int, grid_h: int, grid_w: int, *settings: Any) -> Tensor:
+        return module.token_mask(batch, (grid_h, grid_w), seed, sample_offset, as_settings(settings)).to(seed.device)
+
+    def pool_targets(maps: Tensor, *rest: Any) -> Tensor:
+        return module.pool_targets(maps, *rest).to(maps.device)
+
+    return {
+        "mix": mix, "mix_out": mix_out, "mix_": mix_inplace, "token_mask": token_mask, "pool_targets": pool_targets,
+    }  # fmt: skip
 
 
-def _mix_out(
-    images: Tensor, out: Tensor, labels: Tensor, partner: Tensor | None, maps: Tensor | None, indices: Tensor | None,
-    boxes: Tensor | None, mask: Tensor | None, seed: Tensor, sample_offset: int, *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with_settings = as_settings(settings)
-    return reference.mix(images, labels, out, partner, maps, indices, boxes, mask, seed, sample_offset, with_settings)
+def fake_mix(images: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(images, dtype=rest[7]), *fake_results(images, as_settings(rest[8:]))
 
 
-def _mix_inplace(
-    images: Tensor, labels: Tensor, partner: Tensor | None, maps: Tensor | None, indices: Tensor | None,
-    boxes: Tensor | None, mask: Tensor | None, seed: Tensor, sample_offset: int, *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return reference.mix_inplace(
-        images, labels, partner, maps, indices, boxes, mask, seed, sample_offset, as_settings(settings)
-    )
+def fake_mix_out(images: Tensor, out: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return fake_results(images, as_settings(rest[7:]))
 
 
-def _token_mask(seed: Tensor, sample_offset: int, batch: int, grid_h: int, grid_w: int, *settings: Any) -> Tensor:
-    return reference.token_mask(batch, (grid_h, grid_w), seed, sample_offset, as_settings(settings)).to(seed.device)
+def fake_mix_inplace(images: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return fake_results(images, as_settings(rest[7:]))
 
 
-def _pool_targets(
-    maps: Tensor, indices: Tensor | None, labels: Tensor, mask: Tensor, boxes: Tensor | None, partner: Tensor | None,
-    box_format: str,
-) -> Tensor:  # fmt: skip
-    return reference.pool_targets(maps, indices, labels, mask, boxes, partner, box_format).to(maps.device)
+def fake_token_mask(seed: Tensor, sample_offset: int, batch: int, grid_h: int, grid_w: int, *settings: Any) -> Tensor:
+    return seed.new_empty(batch, grid_h, grid_w, dtype=torch.bool)
 
 
+def fake_pool_targets(maps: Tensor, indices: Any, labels: Tensor, mask: Tensor, *rest: Any) -> Tensor:
+    return maps.new_empty(mask.shape[0], 2, dtype=torch.float32)
+
+
+bodies = implementations(reference)
 mix = custom_op(
     "tokenmix_kernels::mix",
-    _mix,
+    bodies["mix"],
     mutates_args=(),
-    schema=f"(Tensor images, {INPUTS}, ScalarType out_dtype, {SETTINGS}) -> (Tensor images, {RESULTS})",
+    schema=f"(Tensor images, {INPUTS}, ScalarType out_dtype, {SETTINGS}, {PLACES}) -> (Tensor images, {RESULTS})",
 )
 mix_out = custom_op(
     "tokenmix_kernels::mix_out",
-    _mix_out,
+    bodies["mix_out"],
     mutates_args=("out",),
-    schema=f"(Tensor images, Tensor(a!) out, {INPUTS}, {SETTINGS}) -> ({RESULTS})",
+    schema=f"(Tensor images, Tensor(a!) out, {INPUTS}, {SETTINGS}, {PLACES}) -> ({RESULTS})",
 )
 mix_inplace = custom_op(
     "tokenmix_kernels::mix_",
-    _mix_inplace,
+    bodies["mix_"],
     mutates_args=("images",),
-    schema=f"(Tensor(a!) images, {INPUTS}, {SETTINGS}) -> ({RESULTS})",
+    schema=f"(Tensor(a!) images, {INPUTS}, {SETTINGS}, {PLACES}) -> ({RESULTS})",
 )
 token_mask = custom_op(
     "tokenmix_kernels::token_mask",
-    _token_mask,
+    bodies["token_mask"],
     mutates_args=(),
     schema=f"(Tensor seed, SymInt sample_offset, SymInt batch, int grid_h, int grid_w, {SETTINGS}) -> Tensor",
 )
 pool_targets = custom_op(
     "tokenmix_kernels::pool_targets",
-    _pool_targets,
+    bodies["pool_targets"],
     mutates_args=(),
     schema="(Tensor maps, Tensor? indices, Tensor labels, Tensor mask, Tensor? boxes, Tensor? partner, "
-    "str box_format) -> Tensor",
+    f"str box_format, {PLACES}) -> Tensor",
 )
-
-
-@register_fake("tokenmix_kernels::mix")
-def _(
-    images: Tensor, labels: Tensor, partner: Any, maps: Any, indices: Any, boxes: Any, mask: Any, seed: Tensor,
-    sample_offset: int, out_dtype: torch.dtype, *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(images, dtype=out_dtype), *fake_results(images, as_settings(settings))
-
-
-@register_fake("tokenmix_kernels::mix_out")
-def _(
-    images: Tensor, out: Tensor, labels: Tensor, partner: Any, maps: Any, indices: Any, boxes: Any, mask: Any,
-    seed: Tensor, sample_offset: int, *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return fake_results(images, as_settings(settings))
-
-
-@register_fake("tokenmix_kernels::mix_")
-def _(
-    images: Tensor, labels: Tensor, partner: Any, maps: Any, indices: Any, boxes: Any, mask: Any, seed: Tensor,
-    sample_offset: int, *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return fake_results(images, as_settings(settings))
-
-
-@register_fake("tokenmix_kernels::token_mask")
-def _(seed: Tensor, sample_offset: int, batch: int, grid_h: int, grid_w: int, *settings: Any) -> Tensor:
-    return seed.new_empty(batch, grid_h, grid_w, dtype=torch.bool)
-
-
-@register_fake("tokenmix_kernels::pool_targets")
-def _(maps: Tensor, indices: Any, labels: Tensor, mask: Tensor, boxes: Any, partner: Any, box_format: str) -> Tensor:
-    return maps.new_empty(mask.shape[0], 2, dtype=torch.float32)
+mix.register_fake(fake_mix)
+mix_out.register_fake(fake_mix_out)
+mix_inplace.register_fake(fake_mix_inplace)
+token_mask.register_fake(fake_token_mask)
+pool_targets.register_fake(fake_pool_targets)
 
 
 def register_kernels() -> None:
@@ -155,46 +143,12 @@ def register_kernels() -> None:
         from . import kernels
     except ImportError:
         return
-
-    @register_kernel("tokenmix_kernels::mix", "cuda")
-    def _(
-        images: Tensor, labels: Tensor, partner: Any, maps: Any, indices: Any, boxes: Any, mask: Any, seed: Tensor,
-        sample_offset: int, out_dtype: torch.dtype, *settings: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        out = torch.empty_like(images, dtype=out_dtype)
-        with_settings = as_settings(settings)
-        results = kernels.mix(
-            images, labels, out, partner, maps, indices, boxes, mask, seed, sample_offset, with_settings
-        )
-        return out, *results
-
-    @register_kernel("tokenmix_kernels::mix_out", "cuda")
-    def _(
-        images: Tensor, out: Tensor, labels: Tensor, partner: Any, maps: Any, indices: Any, boxes: Any, mask: Any,
-        seed: Tensor, sample_offset: int, *settings: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        with_settings = as_settings(settings)
-        return kernels.mix(images, labels, out, partner, maps, indices, boxes, mask, seed, sample_offset, with_settings)
-
-    @register_kernel("tokenmix_kernels::mix_", "cuda")
-    def _(
-        images: Tensor, labels: Tensor, partner: Any, maps: Any, indices: Any, boxes: Any, mask: Any, seed: Tensor,
-        sample_offset: int, *settings: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        with_settings = as_settings(settings)
-        return kernels.mix(
-            images, labels, images, partner, maps, indices, boxes, mask, seed, sample_offset, with_settings
-        )
-
-    @register_kernel("tokenmix_kernels::token_mask", "cuda")
-    def _(seed: Tensor, sample_offset: int, batch: int, grid_h: int, grid_w: int, *settings: Any) -> Tensor:
-        return kernels.token_mask(batch, (grid_h, grid_w), seed, sample_offset, as_settings(settings))
-
-    @register_kernel("tokenmix_kernels::pool_targets", "cuda")
-    def _(
-        maps: Tensor, indices: Any, labels: Tensor, mask: Tensor, boxes: Any, partner: Any, box_format: str
-    ) -> Tensor:
-        return kernels.pool_targets(maps, indices, labels, mask, boxes, partner, box_format)
+    launchers = implementations(kernels)
+    for operator, name in (
+        (mix, "mix"), (mix_out, "mix_out"), (mix_inplace, "mix_"), (token_mask, "token_mask"),
+        (pool_targets, "pool_targets"),
+    ):  # fmt: skip
+        operator.register_kernel("cuda")(launchers[name])
 
 
 register_kernels()

@@ -20,6 +20,7 @@ __all__ = ["Draw", "draw", "mix", "mix_inplace", "pool_targets", "targets", "tok
 
 HEADER, RECTANGLE, TRIES, KEYS = 0, 1, 2, 3  # streams of the random counters
 LOW32 = 0xFFFFFFFF
+MOST_SAMPLES = 64.0  # of a map along one axis of a token
 
 
 class Draw(NamedTuple):
@@ -337,7 +338,7 @@ def resample(low: Tensor, high: Tensor, size: int, grid: int) -> Tensor:
     extent = torch.clamp((high - low) * size, min=1.0)
     first = low * size - 0.5
     cell = extent / grid
-    samples = torch.ceil(cell)  # [B]
+    samples = torch.ceil(cell).nan_to_num(1.0).clamp(max=MOST_SAMPLES)  # [B]
     weights = torch.zeros(len(low), grid, size)
     cells = torch.arange(grid, dtype=torch.float32)
     places = torch.arange(size, dtype=torch.float32)
@@ -350,6 +351,41 @@ def resample(low: Tensor, high: Tensor, size: int, grid: int) -> Tensor:
     return weights / samples[:, None, None]
 
 
+def resample_affine(maps: Tensor, affines: Tensor, grid_h: int, grid_w: int) -> Tensor:
+    """Maps [B, h, w] averaged over the tokens that affines [B, 2, 3] take into them, by the rule of `resample`.
+
+    Output (u, v) in [0, 1]^2 shows (x, y) = affine (u, v, 1) of the map; a token's side is sampled as often as it is
+    map cells long.
+    """
+    height, width = maps.shape[1:]
+    flat = maps.flatten(1)
+    (a, b, c), (d, e, f) = (row.unbind(1) for row in affines.unbind(1))
+    across = torch.clamp(torch.maximum(a.abs() * width, d.abs() * height), min=1.0) / grid_w
+    down = torch.clamp(torch.maximum(b.abs() * width, e.abs() * height), min=1.0) / grid_h
+    across, down = (torch.ceil(n).nan_to_num(1.0).clamp(max=MOST_SAMPLES)[:, None, None] for n in (across, down))
+    a, b, c, d, e, f = (value[:, None, None] for value in (a, b, c, d, e, f))
+    columns = torch.arange(grid_w, dtype=torch.float32)
+    rows = torch.arange(grid_h, dtype=torch.float32)[:, None]
+    total = torch.zeros(len(maps), grid_h, grid_w)
+    for t in range(int(down.max())):
+        v = (rows + (t + 0.5) / down) / grid_h
+        for s in range(int(across.max())):
+            u = (columns + (s + 0.5) / across) / grid_w
+            x = (a * u + b * v + c) * width - 0.5  # [B, Gh, Gw]
+            y = (d * u + e * v + f) * height - 0.5
+            used = (x >= -1.0) & (x <= width) & (y >= -1.0) & (y <= height) & (s < across) & (t < down)
+            x, y = x.nan_to_num().clamp(0.0, width - 1.0), y.nan_to_num().clamp(0.0, height - 1.0)
+            left, top = x.long(), y.long()
+            right, bottom = (left + 1).clamp(max=width - 1), (top + 1).clamp(max=height - 1)
+            x, y = x - left, y - top
+            corner = [
+                flat.gather(1, (q * width + p).flatten(1)).view_as(total) for q in (top, bottom) for p in (left, right)
+            ]
+            upper, lower = corner[0] + x * (corner[1] - corner[0]), corner[2] + x * (corner[3] - corner[2])
+            total += torch.where(used, upper + y * (lower - upper), 0.0)
+    return total / (across * down)
+
+
 def pool(
     maps: Tensor,
     indices: Tensor | None,
@@ -358,6 +394,9 @@ def pool(
     partner: Tensor,
     taken: Tensor,
     box_format: str,
+    ids: Tensor | None = None,
+    flips: Tensor | None = None,
+    affines: Tensor | None = None,
 ) -> Tensor:
     """The share of its evidence that each image of a pair keeps, [B, 2] fp32 (own, partner).
 
@@ -365,11 +404,23 @@ def pool(
     is not a positive number) gets its share of the area.
     """
     grid_h, grid_w = taken.shape[1:]
+    if ids is not None:
+        ids = ids.to(maps.device).long()
+        listed = (ids >= 0) & (ids < len(maps))
+        ids = torch.where(listed, ids, 0)
+        maps, indices = maps[ids], None if indices is None else indices[ids]
     own = own_maps(maps.cpu(), None if indices is None else indices.cpu(), labels)
-    low_x, low_y, high_x, high_y = corners(boxes, len(own), box_format)
-    rows = resample(low_y, high_y, own.shape[1], grid_h)
-    columns = resample(low_x, high_x, own.shape[2], grid_w)
-    pooled = rows @ own @ columns.transpose(1, 2)  # [B, Gh, Gw]
+    if ids is not None:
+        own = own * listed.cpu()[:, None, None]
+    if affines is not None:
+        pooled = resample_affine(own, affines.cpu().float(), grid_h, grid_w)
+    else:
+        low_x, low_y, high_x, high_y = corners(boxes, len(own), box_format)
+        rows = resample(low_y, high_y, own.shape[1], grid_h)
+        columns = resample(low_x, high_x, own.shape[2], grid_w)
+        pooled = rows @ own @ columns.transpose(1, 2)  # [B, Gh, Gw]
+        if flips is not None:
+            pooled = torch.where(flips.cpu()[:, None, None], pooled.flip(2), pooled)
     total = pooled.sum((1, 2))
     kept = torch.stack([pooled * (1 - taken), pooled[partner] * taken], 1).sum((2, 3))  # [B, 2]
     total = torch.stack([total, total[partner]], 1)
@@ -403,6 +454,9 @@ def mix_weights(
     partner: Tensor,
     drawn: Draw,
     settings: Settings,
+    ids: Tensor | None = None,
+    flips: Tensor | None = None,
+    affines: Tensor | None = None,
 ) -> Tensor:
     """Weights [B, 2] (own, partner): lam for Mixup, evidence or area for what was taken token by token."""
     patch = settings.patch_size
@@ -411,7 +465,7 @@ def mix_weights(
         if kind == CUTMIX:
             taken[i] = coverage(drawn.rectangle[i], (taken.shape[1], taken.shape[2]), patch) / (patch * patch)
     if maps is not None:
-        weights = pool(maps, indices, labels, boxes, partner, taken, settings.box_format)
+        weights = pool(maps, indices, labels, boxes, partner, taken, settings.box_format, ids, flips, affines)
     else:
         weights = areas(taken)
     lam = torch.tensor(drawn.lam) * 2.0**-16
@@ -448,6 +502,9 @@ def mix(
     seed: Tensor,
     sample_offset: int,
     settings: Settings,
+    ids: Tensor | None = None,
+    flips: Tensor | None = None,
+    affines: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mix a batch into `out` and return (targets [B, K] fp32, mask [B, Gh, Gw] bool, weights [B, 2] fp32)."""
     device = images.device
@@ -455,7 +512,7 @@ def mix(
     pairs = partner_of(partner, len(images))
     drawn = draw(int(seed), sample_offset, pairs, mask, images.shape[2], images.shape[3], settings)
     mix_pixels(images, out, pairs, drawn, settings)
-    weights = mix_weights(maps, indices, labels, boxes, pairs, drawn, settings)
+    weights = mix_weights(maps, indices, labels, boxes, pairs, drawn, settings, ids, flips, affines)
     dense = targets(weights, labels, pairs, drawn.kind, settings)
     return dense.to(device), drawn.mask.to(device), weights.to(device)
 
@@ -471,6 +528,9 @@ def mix_inplace(
     seed: Tensor,
     sample_offset: int,
     settings: Settings,
+    ids: Tensor | None = None,
+    flips: Tensor | None = None,
+    affines: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mix a batch into itself, a few pairs at a time; the partner's partner must be the own image."""
     device = images.device
@@ -479,19 +539,19 @@ def mix_inplace(
     drawn = draw(int(seed), sample_offset, pairs, mask, images.shape[2], images.shape[3], settings)
     firsts = torch.nonzero(pairs >= torch.arange(len(pairs))).flatten()
     for some in firsts.split(max(1, len(firsts) // 16)):
-        ids = torch.unique(torch.cat([some, pairs[some]]))
-        place = torch.searchsorted(ids, pairs[ids])
+        members = torch.unique(torch.cat([some, pairs[some]]))
+        place = torch.searchsorted(members, pairs[members])
         part = Draw(
-            kind=[drawn.kind[i] for i in ids.tolist()],
-            lam=[drawn.lam[i] for i in ids.tolist()],
-            mask=drawn.mask[ids],
-            rectangle=[drawn.rectangle[i] for i in ids.tolist()],
+            kind=[drawn.kind[i] for i in members.tolist()],
+            lam=[drawn.lam[i] for i in members.tolist()],
+            mask=drawn.mask[members],
+            rectangle=[drawn.rectangle[i] for i in members.tolist()],
         )
-        before = images[ids.to(device)]
+        before = images[members.to(device)]
         after = torch.empty_like(before)
         mix_pixels(before, after, place, part, settings)
-        images[ids.to(device)] = after
-    weights = mix_weights(maps, indices, labels, boxes, pairs, drawn, settings)
+        images[members.to(device)] = after
+    weights = mix_weights(maps, indices, labels, boxes, pairs, drawn, settings, ids, flips, affines)
     dense = targets(weights, labels, pairs, drawn.kind, settings)
     return dense.to(device), drawn.mask.to(device), weights.to(device)
 
@@ -510,7 +570,10 @@ def pool_targets(
     boxes: Tensor | None,
     partner: Tensor | None,
     box_format: str,
+    ids: Tensor | None = None,
+    flips: Tensor | None = None,
+    affines: Tensor | None = None,
 ) -> Tensor:
     """Weights alone, [B, 2] fp32 (own, partner), for masks that are already there."""
     pairs = partner_of(partner, len(mask))
-    return pool(maps, indices, labels.cpu().long(), boxes, pairs, mask.cpu().float(), box_format)
+    return pool(maps, indices, labels.cpu().long(), boxes, pairs, mask.cpu().float(), box_format, ids, flips, affines)
