@@ -23,7 +23,7 @@ def main() -> int:
     except NonFiniteLoss as error:
         print(error, file=sys.stderr)
         return 3
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if args.traceback:
             raise
         print(f"train: error: {error}", file=sys.stderr)

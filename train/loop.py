@@ -10,11 +10,12 @@ import random
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from . import checkpoint
 from .data import Batch, Data, EpochLoader, load_data, to_device
 from .guard import stop_at
 from .meters import StepTimer, write_records
+from .model import make_mixer, make_model
 from .teacher import Evidence, make_evidence
 
 # Optimisers of torch that leave weights and moments alone, on the device, where found_inf is set.
@@ -126,8 +128,6 @@ def build(args: argparse.Namespace) -> Run:
     model = make_model(args, len(data.classes))
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=memory_format)
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    patch_size = args.patch_size or (patch[0] if patch else 16)
 
     evidence = make_evidence(args, data, device, rank)
     loader = EpochLoader(data, args, rank, world, bank=evidence.bank)
@@ -157,38 +157,8 @@ def build(args: argparse.Namespace) -> Run:
     if world > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
     return Run(
-        args, rank, world, device, data, loader, evidence, make_mixer(args, data, patch_size), model, net, ema,
+        args, rank, world, device, data, loader, evidence, make_mixer(args, data, model), model, net, ema,
         optimizer, scheduler, BinaryCrossEntropy() if args.bce_loss else SoftTargetCrossEntropy(), guarded)
-
-
-def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The timm model, for images of --input-size where it has to know."""
-    kwargs = {"num_classes": num_classes, "drop_rate": args.drop, "drop_path_rate": args.drop_path, **args.model_kwargs}
-    try:
-        model = timm.create_model(args.model, img_size=args.input_size, **kwargs)
-    except TypeError:  # a convolutional network takes images of any size
-        model = timm.create_model(args.model, **kwargs)
-    if args.init_from:
-        timm.models.load_checkpoint(model, args.init_from, strict=False)
-    return model
-
-
-def make_mixer(args: argparse.Namespace, data: Data, patch_size: int) -> TokenMix:
-    """TokenMix as --mixer and DeiT's flags say; it also normalises the uint8 images."""
-    alphas: dict[str, Any] = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix}
-    masks: dict[str, Any] = {"mask_type": args.mask_type, "minimum_tokens": args.minimum_tokens}
-    if args.mixer == "cutmix":
-        alphas = {"mixup_alpha": 0.0, "cutmix_alpha": args.cutmix, "cutmix_minmax": args.cutmix_minmax}
-        masks = {"mask_type": "cutmix", "lam": "beta"}
-    elif args.mixer == "mixup":
-        alphas = {"mixup_alpha": args.mixup, "cutmix_alpha": 0.0}
-    mix = TokenMix(
-        **alphas, **masks, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
-        label_smoothing=args.smoothing, num_classes=len(data.classes), patch_size=patch_size,
-        mean=[255 * value for value in data.mean], std=[255 * value for value in data.std],
-        out_dtype=torch.bfloat16 if args.amp else torch.float32)
-    mix.mixup_enabled = args.mixer != "none"
-    return mix
 
 
 def forward(run: Run, batch: Batch, seed: int, timer: StepTimer | None = None, rank: int | None = None) -> Tensor:
@@ -396,7 +366,9 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
     if run.rank == 0:
         checkpoint.write_lines([json.dumps(checkpoint.plain_args(args), indent=1)], output / "args.json")
         if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # an optional dependency
+            if find_spec("tensorboard") is None:
+                raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(str(output))
     say(run, describe(run))
@@ -437,7 +409,12 @@ def finish(run: Run, progress: Progress, timer: StepTimer, seconds: float) -> No
             print(f"  {title:<18} top-1 {record[f'{name}_top1']:.1f} %{top5}")
     print(f"  {'largest class':<18} {100 * run.data.majority():.1f} % (what always guessing it would give)\n")
     print(timer.table())
+    use_ema = run.ema is not None and record.get("ema_top1", -1.0) >= record.get("val_top1", -1.0)
+    weights = run.ema.module.state_dict() if run.ema and use_ema else run.model.state_dict()
+    tensors = {key: value.contiguous() for key, value in weights.items()}
+    checkpoint.write_atomic(output / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
     print(f"\nrecords     {output / 'metrics.jsonl'}, {output / 'summary.csv'}\ncheckpoint  {output / 'last.pt'}")
+    print(f"weights     {output / 'model.safetensors'} ({'averaged' if use_ema else 'raw'}, as timm reads them)")
     if run.args.picture:
         from .picture import mix_picture
 
