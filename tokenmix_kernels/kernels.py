@@ -807,8 +807,8 @@ def write_targets(
 def mix_kernel(
     images, out, labels, partner, maps, indices, ids, boxes, flips, affines, mask, targets, weights, mask_out, mean,
     rstd, ratio_table, mix_table, cut_table, seed, seed_high, sample_offset, batch, images_stride, out_stride,
-    labels_stride, maps_stride, indices_stride, boxes_stride, map_rows, top_k, mixes, switches, lam_constant, tokens_constant,
-    minimum_tokens, cut_low_h, cut_span_h, cut_low_w, cut_span_w, smoothing,
+    labels_stride, maps_stride, indices_stride, boxes_stride, map_rows, top_k, mixes, switches, lam_constant,
+    tokens_constant, minimum_tokens, cut_low_h, cut_span_h, cut_low_w, cut_span_w, smoothing,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SC: tl.constexpr, SH: tl.constexpr,
     SW: tl.constexpr, OC: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
     COLS: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, MODE: tl.constexpr,
