@@ -29,7 +29,7 @@ from train.loop import build, mixing_seed, train
 from train.picture import token_evidence
 from train.profile_mixers import PublishedWay, profile_mixers
 from train.study import extreme_tokens, replace_tokens
-from train.teacher import mirror, probe, warp_maps
+from train.teacher import make_evidence, mirror, probe, warp_maps
 
 
 @pytest.fixture(autouse=True)
@@ -348,3 +348,5 @@ def test_elpv_split_is_fixed_and_stratified() -> None:
     assert data.digest == load_data(parse(["--recipe", "demo"])).digest
     assert round(data.majority(), 3) == round(220 / 526, 3)
     assert data.train[0][0].size == (300, 300)
+    cutmix = make_evidence(parse(["--recipe", "demo", "--mixer", "cutmix"]), data, torch.device("cpu"), 0)
+    assert cutmix.describe() == "area shares", "CutMix is by area unless a teacher is asked for"

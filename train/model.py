@@ -44,6 +44,7 @@ def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 def make_mixer(args: argparse.Namespace, data: Data, model: nn.Module) -> TokenMix:
     """TokenMix as --mixer and DeiT's flags say, on the model's tokens; it also normalises the uint8 images."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    patch_size = args.patch_size or (patch[0] if patch else 16)
     alphas: dict[str, Any] = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix}
     masks: dict[str, Any] = {"mask_type": args.mask_type, "minimum_tokens": args.minimum_tokens}
     if args.mixer == "cutmix":
@@ -53,7 +54,7 @@ def make_mixer(args: argparse.Namespace, data: Data, model: nn.Module) -> TokenM
         alphas = {"mixup_alpha": args.mixup, "cutmix_alpha": 0.0}
     mix = TokenMix(
         **alphas, **masks, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
-        label_smoothing=args.smoothing, num_classes=len(data.classes), patch_size=args.patch_size or (patch[0] if patch else 16),
+        label_smoothing=args.smoothing, num_classes=len(data.classes), patch_size=patch_size,
         mean=[255 * value for value in data.mean], std=[255 * value for value in data.std],
         out_dtype=torch.bfloat16 if args.amp else torch.float32)
     mix.mixup_enabled = args.mixer != "none"

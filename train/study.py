@@ -3,8 +3,8 @@
     python -m train.study
 
 trains TokenMix with targets by evidence, TokenMix with targets by area, CutMix, and no mixing at all: the recipe
-`demo`, three seeds each, equal budgets. Of the averaged weights at the end of each run it then measures, on the
-validation images,
+`demo` without its Mixup branch, three seeds each, equal budgets. Of the averaged weights at the end of each run it
+then measures, on the validation images,
 
 - accuracy;
 - occlusion: accuracy when a share of the tokens, drawn at random, is blanked (Naseer et al., arXiv 2105.10497,
@@ -38,8 +38,8 @@ from .loop import Run, build, train
 from .teacher import make_teacher, whole_maps
 
 VARIANTS: dict[str, list[str]] = {
-    "TokenMix, evidence": ["--mixer", "tokenmix"],
-    "TokenMix, area": ["--mixer", "tokenmix", "--maps", "area"],
+    "TokenMix, evidence": ["--mixer", "tokenmix", "--mixup", "0"],
+    "TokenMix, area": ["--mixer", "tokenmix", "--mixup", "0", "--maps", "area"],
     "CutMix": ["--mixer", "cutmix"],
     "none": ["--mixer", "none"],
 }

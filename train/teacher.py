@@ -115,7 +115,8 @@ def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, ra
         ValueError: the maps are those of another data set, or the teacher does not know its classes.
     """
     warped = args.aa != "none"
-    name = args.teacher or (LITE0 if args.data == "elpv" else None)
+    # CutMix is by area, unless a teacher or a bank is asked for.
+    name = args.teacher or (LITE0 if args.data == "elpv" and args.mixer == "tokenmix" else None)
     if args.mixer in ("none", "mixup") or args.maps == "area" or (args.maps is None and name is None):
         return Evidence()
     if args.maps is not None:
