@@ -1,0 +1,244 @@
+"""The kernels under Triton's interpreter against the reference: masks and pixels bit for bit, targets to 1e-6."""
+
+from typing import Any
+
+import pytest
+import torch
+from mix_helpers import bits_equal, random_boxes, random_images
+from torch import Tensor
+
+from tokenmix_kernels import TokenMix, TopKMaps, pool_targets, token_mask, tokenmix
+
+MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)
+BYTES = {"mean": MEAN, "std": STD}
+TOLERANCE = 1e-6
+CLASSES = 7
+SHAPE = (5, 3, 32, 48)
+
+DRAWS: dict[str, dict[str, Any]] = {
+    "block": {"mode": "elem"},
+    "block, beta": {"mode": "elem", "lam": "beta"},
+    "block, batch": {"mode": "batch"},
+    "block, pair": {"mode": "pair"},
+    "random": {"mask_type": "random", "mode": "elem"},
+    "random, beta": {"mask_type": "random", "mode": "pair", "lam": "beta"},
+    "cutmix": {"mask_type": "cutmix", "mode": "elem", "lam": "beta"},
+    "cutmix, half": {"mask_type": "cutmix", "mode": "elem", "lam": 0.5},
+    "cutmix, minmax": {"mask_type": "cutmix", "mode": "elem", "cutmix_minmax": (0.2, 0.7)},
+}
+
+
+def maps_of(form: str, batch: int, h: int = 7, w: int = 9) -> Any:
+    torch.manual_seed(3)
+    if form == "none":
+        return None
+    if form == "own":
+        return torch.rand(batch, h, w, dtype=torch.float16)
+    if form == "all":
+        return torch.rand(batch, CLASSES, h, w)
+    if form == "bytes":
+        return torch.randint(0, 256, (batch, h, w), dtype=torch.uint8)
+    assert form == "topk"
+    return TopKMaps(torch.rand(batch, 3, h, w), torch.randint(0, CLASSES, (batch, 3, h, w), dtype=torch.int16))
+
+
+def labels_of(batch: int) -> Tensor:
+    return torch.randint(0, CLASSES, (batch,), generator=torch.Generator().manual_seed(1))
+
+
+def both(images: Tensor, labels: Tensor, **options: Any) -> Any:
+    """The mix by the reference and by the kernels; the latter into memory that held NaN (or 0xAA)."""
+    options = {"num_classes": CLASSES, "patch_size": 8, "minimum_tokens": 2, "seed": 11} | options
+    dtype = options.pop("out_dtype", None) or (torch.float32 if "mean" in options else images.dtype)
+    expected = tokenmix(images, labels, backend="reference", out_dtype=dtype, **options)
+    poison = torch.empty_like(images, dtype=dtype).fill_(float("nan") if dtype.is_floating_point else 0xAA)
+    got = tokenmix(images, labels, backend="triton", out_dtype=dtype, out=poison, **options)
+    return expected, got
+
+
+def assert_same(expected: Any, got: Any) -> None:
+    assert torch.equal(expected.mask, got.mask)
+    assert bits_equal(expected.images, got.images)
+    torch.testing.assert_close(got.weights, expected.weights, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(got.targets, expected.targets, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("form", ["none", "own", "all", "topk"])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_every_draw_with_every_form_of_maps(draw, form, poisoned):
+    options = dict(DRAWS[draw])
+    if form != "none":
+        options |= {"maps": maps_of(form, 5), "boxes": random_boxes(5)}
+    assert_same(*both(random_images(SHAPE), labels_of(5), **options))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "batch_slice", "spatial_slice", "transposed", "offset"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize("draw", ["block", "cutmix"])
+def test_every_layout_and_dtype(draw, dtype, layout, poisoned):
+    assert_same(*both(random_images((3, 3, 32, 48), dtype, layout), labels_of(3), **DRAWS[draw]))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("draw", ["block", "cutmix"])
+def test_bytes_are_normalised(draw, layout, out_dtype, poisoned):
+    images = random_images((3, 3, 32, 48), torch.uint8, layout)
+    assert_same(*both(images, labels_of(3), out_dtype=out_dtype, **BYTES, **DRAWS[draw]))
+
+
+def test_bytes_to_bfloat16_are_cut_not_rounded_by_the_interpreter():
+    """Its stores cut float32 to bfloat16, where compiled kernels round: so, within one unit in the last place."""
+    expected, got = both(
+        random_images((3, 3, 32, 48), torch.uint8), labels_of(3), out_dtype=torch.bfloat16, mode="elem", **BYTES
+    )
+    torch.testing.assert_close(got.images, expected.images, rtol=2.0**-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("patch", "size"), [(4, (20, 12)), (8, (8, 72)), (14, (42, 28)), (16, (48, 80)), (32, (64, 96)), (4, (132, 16))]
+)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_every_patch_size_and_grids_that_are_not_square(patch, size, channels, poisoned):
+    images = random_images((2, channels, *size))
+    assert_same(*both(images, labels_of(2), patch_size=patch, mode="elem", minimum_tokens=1))
+
+
+def test_a_grid_wider_than_a_word(poisoned):
+    images = random_images((2, 1, 64, 160))
+    for mask_type in ("block", "random"):
+        assert_same(*both(images, labels_of(2), patch_size=4, mode="elem", mask_type=mask_type))
+
+
+@pytest.mark.parametrize("draw", ["block", "block, batch", "block, pair", "random", "cutmix"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_slice"])
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_in_place(draw, layout, batch):
+    images = random_images((batch, 3, 32, 48), torch.float16, layout)
+    other = random_images((batch, 3, 32, 48), torch.float16, layout)
+    options = {"num_classes": CLASSES, "patch_size": 8, "seed": 4, **DRAWS[draw]}
+    apart = tokenmix(images, labels_of(batch), backend="reference", **options)
+    got = tokenmix(images, labels_of(batch), backend="triton", out=images, **options)
+    assert got.images is images
+    assert_same(apart, got)
+    assert_same(apart, tokenmix(other, labels_of(batch), backend="reference", out=other, **options))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("mask_type", ["block", "random", "cutmix"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8], ids=str)
+def test_all_branches_per_element(dtype, mask_type, in_place):
+    mix = TokenMix(
+        prob=0.8, mode="elem", num_classes=CLASSES, mask_type=mask_type, patch_size=8, minimum_tokens=2, lam="beta"
+    )
+    images, again = random_images((9, 3, 16, 24), dtype), random_images((9, 3, 16, 24), dtype)
+    mix_one, targets_one = mix(images, labels_of(9), seed=5, backend="reference", out=images if in_place else None)
+    mix_two, targets_two = mix(again, labels_of(9), seed=5, backend="triton", out=again if in_place else None)
+    assert bits_equal(mix_one, mix_two)
+    torch.testing.assert_close(targets_one, targets_two, rtol=0, atol=TOLERANCE)
+
+
+def test_nothing_mixed_still_normalises():
+    mix = TokenMix(num_classes=CLASSES, patch_size=8, **BYTES)
+    mix.mixup_enabled = False
+    images = random_images((3, 3, 16, 24), torch.uint8)
+    expected, targets = mix(images, labels_of(3), seed=1, backend="reference")
+    got, targets_too = mix(images, labels_of(3), seed=1, backend="triton")
+    assert bits_equal(expected, got)
+    torch.testing.assert_close(targets, targets_too, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("partner", [[3, 3, 1, 0, 2], [0, 1, 2, 3, 4], [1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_any_partner(partner, mode, poisoned):
+    options = {"partner": torch.tensor(partner), "mode": mode, "maps": maps_of("own", 5)}
+    assert_same(*both(random_images(SHAPE), labels_of(5), **options))
+
+
+def test_partner_and_labels_out_of_range_are_harmless(poisoned):
+    """What a GPU cannot be asked about: the sample itself is its partner, and the label counts for nothing."""
+    from tokenmix_kernels import kernels
+    from tokenmix_kernels.settings import Settings
+
+    images, out = random_images((3, 3, 16, 24)), torch.full((3, 3, 16, 24), float("nan"))
+    labels = torch.tensor([0, 99, -1])
+    targets, _, weights = kernels.mix(
+        images, labels, out, torch.tensor([77, -5, 1]), maps_of("all", 3), None, None, None, torch.tensor(2), 0,
+        Settings(num_classes=CLASSES, patch_size=8, mode="elem"),
+    )  # fmt: skip
+    assert bits_equal(out[:2], images[:2])
+    assert targets.isfinite().all() and weights.isfinite().all()
+    rest = 0.1 / CLASSES
+    torch.testing.assert_close(targets[1], torch.full((CLASSES,), rest), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(targets[2], torch.full((CLASSES,), rest), rtol=0, atol=TOLERANCE)
+
+
+def test_mask_that_is_given(poisoned):
+    mask = torch.rand(5, 4, 6, generator=torch.Generator().manual_seed(2)) < 0.5
+    assert_same(*both(random_images(SHAPE), labels_of(5), mask=mask, maps=maps_of("topk", 5)))
+
+
+@pytest.mark.parametrize("place", ["ids", "flips", "affines"])
+def test_places_in_maps(place, poisoned):
+    torch.manual_seed(5)
+    options: dict[str, Any] = {"mode": "elem"}
+    if place == "ids":
+        options |= {"maps": maps_of("bytes", 11), "ids": torch.randint(0, 11, (5,)), "boxes": random_boxes(5)}
+    elif place == "flips":
+        options |= {"maps": maps_of("own", 5), "flips": torch.rand(5) < 0.5, "boxes": random_boxes(5)}
+    else:
+        affines = torch.eye(2, 3) + 0.3 * torch.randn(5, 2, 3)
+        options |= {"maps": maps_of("bytes", 11), "ids": torch.arange(5, dtype=torch.int32), "affines": affines}
+    assert_same(*both(random_images(SHAPE), labels_of(5), **options))
+
+
+def test_packed_label_maps(poisoned):
+    packed = torch.rand(4, 3, 5, 8, 8)
+    packed[:, 1] = torch.randint(0, CLASSES, (4, 5, 8, 8)).float()
+    packed[:, 2, 0, 0, :4] = torch.tensor([0.1, 0.2, 0.5, 0.6])
+    packed[:, 2, 0, 0, 5] = labels_of(4).float()
+    for crop_axes in ("right", "published"):
+        assert_same(*both(random_images((4, 3, 32, 48)), packed, crop_axes=crop_axes, mode="elem"))
+
+
+def test_maps_without_evidence(poisoned):
+    maps = torch.rand(5, 7, 9)
+    maps[0], maps[1], maps[2, 0, 0], maps[3, 0, 0] = 0.0, -1.0, float("nan"), float("inf")
+    expected, got = both(random_images(SHAPE), labels_of(5), maps=maps, mode="elem")
+    assert_same(expected, got)
+    area = expected.mask.float().mean((1, 2))
+    for row in range(4):
+        assert abs(expected.weights[row, 0] - (1 - area[row])) < TOLERANCE
+
+
+def test_seed_in_memory():
+    """A seed that lies on the device is read by the kernel: here through a pointer."""
+    from tokenmix_kernels import kernels
+    from tokenmix_kernels.settings import Settings
+
+    settings = Settings(num_classes=1, patch_size=1, mode="elem")
+    for number in (0, 1, -1, 2**62 + 12345, -(2**63), 2**32 - 1):
+        mask = torch.zeros(2, 6, 6, dtype=torch.bool)
+        shape, device = (2, 1, 6, 6), torch.device("cpu")
+        grid, named = kernels.arguments(
+            None, None, None, None, None, None, None, None, torch.tensor(number), 0, None, None, mask, shape, settings,
+            device,
+        )  # fmt: skip
+        kernels.mix_kernel[grid](**named | {"seed": torch.tensor(number), "seed_high": None})
+        assert torch.equal(mask, token_mask(2, (6, 6), seed=number, backend="reference"))
+
+
+@pytest.mark.parametrize("mask_type", ["block", "random", "cutmix"])
+def test_parts(mask_type):
+    options: dict[str, Any] = {"mask_type": mask_type, "seed": 9, "sample_offset": 2**33 + 5, "lam": "beta"}
+    mask = token_mask(4, (5, 7), backend="reference", **options)
+    assert torch.equal(mask, token_mask(4, (5, 7), backend="triton", **options))
+    maps, labels = maps_of("own", 4), labels_of(4)
+    weights = [pool_targets(maps, labels, mask, boxes=random_boxes(4), backend=b) for b in ("reference", "triton")]
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 1025, 5000])
+def test_target_rows_of_any_width(classes, poisoned):
+    labels = torch.tensor([0, classes - 1, 1, 0, 0])
+    assert_same(*both(random_images((5, 1, 16, 16)), labels, num_classes=classes, mode="elem", patch_size=4))
