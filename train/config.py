@@ -27,49 +27,83 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("run")
     group.add_argument("--recipe", metavar="NAME|FILE", help=f"defaults from {', '.join(recipe_names())} or a .json")
     group.add_argument("--output", default=None, metavar="DIR", help="where everything is written (default: runs/NAME)")
-    group.add_argument("--resume", default=None, metavar="auto|FILE",
-                       help="continue bit-exactly from a checkpoint; auto: the last of --output, if there is one")
-    group.add_argument("--save-every", type=int, default=0, metavar="STEPS",
-                       help="also write a checkpoint every so many steps within an epoch; 0: at epoch ends only")
+    group.add_argument(
+        "--resume",
+        default=None,
+        metavar="auto|FILE",
+        help="continue bit-exactly from a checkpoint; auto: the last of --output, if there is one",
+    )
+    group.add_argument(
+        "--save-every",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="also write a checkpoint every so many steps within an epoch; 0: at epoch ends only",
+    )
     group.add_argument("--keep-best", action=yes_no, default=True, help="keep best.pt, by top-1 on the validation set")
-    group.add_argument("--init-from", metavar="FILE",
-                       help="start from the weights of this checkpoint or .safetensors file (DeiT's --finetune)")
+    group.add_argument(
+        "--init-from",
+        metavar="FILE",
+        help="start from the weights of this checkpoint or .safetensors file (DeiT's --finetune)",
+    )
     group.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
     group.add_argument("--replay", metavar="FILE", help="run the step of a saved nonfinite-*.pt file again")
-    group.add_argument("--profile-mixers", action="store_true",
-                       help="time the same steps with each mixer, interleaved, instead of training")
+    group.add_argument(
+        "--profile-mixers",
+        action="store_true",
+        help="time the same steps with each mixer, interleaved, instead of training",
+    )
     group.add_argument("--seed", type=int, default=0, help="of weights, data order, augmentation and mixing")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     group.add_argument("--threads", type=int, default=0, help="CPU threads for torch; 0: leave as they are")
-    group.add_argument("--log-every", type=int, default=20, metavar="STEPS",
-                       help="read losses and times from the device every so many steps")
+    group.add_argument(
+        "--log-every",
+        type=int,
+        default=20,
+        metavar="STEPS",
+        help="read losses and times from the device every so many steps",
+    )
     group.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS", help="and always after the last epoch")
-    group.add_argument("--max-steps", type=int, default=0,
-                       help="end every epoch after so many steps (for trying things out); 0: whole epochs")
+    group.add_argument(
+        "--max-steps",
+        type=int,
+        default=0,
+        help="end every epoch after so many steps (for trying things out); 0: whole epochs",
+    )
     group.add_argument("--picture", action=yes_no, default=True, help="write mix.png at the end")
     group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events to --output")
     group.add_argument("--traceback", action="store_true", help="show the traceback of input errors")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="deit_small_patch16_224", help="name of a timm model")
-    group.add_argument("--model-kwargs", type=json.loads, default={}, metavar="JSON",
-                       help='more arguments for timm.create_model, as {"depth": 6}')
+    group.add_argument(
+        "--model-kwargs",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='more arguments for timm.create_model, as {"depth": 6}',
+    )
     group.add_argument("--input-size", type=int, default=224, help="side of the training images in pixels")
     group.add_argument("--patch-size", type=int, default=0, help="side of a token in pixels; 0: the model's own")
     group.add_argument("--drop", type=float, default=0.0, help="dropout rate")
     group.add_argument("--drop-path", type=float, default=0.1, help="drop path rate")
     group.add_argument("--model-ema", action=yes_no, default=True, help="keep an average of the weights beside them")
     group.add_argument("--model-ema-decay", type=float, default=0.99996)
-    group.add_argument("--model-ema-warmup", action=yes_no, default=False,
-                       help="let the decay grow from 0, for runs too short for a long average")
+    group.add_argument(
+        "--model-ema-warmup",
+        action=yes_no,
+        default=False,
+        help="let the decay grow from 0, for runs too short for a long average",
+    )
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--channels-last", action="store_true")
     group.add_argument("--amp", action=yes_no, default=None, help="bf16 autocast (default: on CUDA devices)")
 
     group = parser.add_argument_group("optimiser")
     group.add_argument("--batch-size", type=int, default=128, help="images per process and step")
-    group.add_argument("--accumulate", type=int, default=1, metavar="STEPS",
-                       help="steps whose gradients are averaged into one update")
+    group.add_argument(
+        "--accumulate", type=int, default=1, metavar="STEPS", help="steps whose gradients are averaged into one update"
+    )
     group.add_argument("--epochs", type=int, default=300)
     group.add_argument("--opt", default="adamw", help="name of a timm optimiser")
     group.add_argument("--opt-eps", type=float, default=1e-8)
@@ -80,21 +114,34 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--lr", type=float, default=5e-4, help="learning rate per 512 images of an update")
     group.add_argument("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch")
     group.add_argument("--sched", default="cosine", help="name of a timm scheduler")
-    group.add_argument("--sched-on-updates", action=yes_no, default=False,
-                       help="move the learning rate at every update (default: every epoch, as DeiT does)")
+    group.add_argument(
+        "--sched-on-updates",
+        action=yes_no,
+        default=False,
+        help="move the learning rate at every update (default: every epoch, as DeiT does)",
+    )
     group.add_argument("--warmup-epochs", type=int, default=5)
     group.add_argument("--warmup-lr", type=float, default=1e-6)
     group.add_argument("--min-lr", type=float, default=1e-5)
     group.add_argument("--cooldown-epochs", type=int, default=0)
-    group.add_argument("--bce-loss", action=yes_no, default=True,
-                       help="binary cross entropy, as in the paper; else soft-target cross entropy")
+    group.add_argument(
+        "--bce-loss",
+        action=yes_no,
+        default=True,
+        help="binary cross entropy, as in the paper; else soft-target cross entropy",
+    )
 
     group = parser.add_argument_group("mixing")
     group.add_argument("--mixer", choices=["tokenmix", "cutmix", "mixup", "none"], default="tokenmix")
     group.add_argument("--mask-type", choices=["block", "random"], default="block", help="of tokenmix")
     group.add_argument("--minimum-tokens", type=int, default=14, help="added to the masked tokens (14 of 14x14)")
-    group.add_argument("--mixup", type=float, default=0.8, metavar="ALPHA",
-                       help="DeiT's mixup branch beside tokenmix or in mixup; 0: off")
+    group.add_argument(
+        "--mixup",
+        type=float,
+        default=0.8,
+        metavar="ALPHA",
+        help="DeiT's mixup branch beside tokenmix or in mixup; 0: off",
+    )
     group.add_argument("--cutmix", type=float, default=1.0, metavar="ALPHA", help="of the token or box branch")
     group.add_argument("--cutmix-minmax", type=float, nargs=2, default=None)
     group.add_argument("--mixup-prob", type=float, default=1.0, help="probability of mixing at all")
@@ -103,22 +150,39 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
 
     group = parser.add_argument_group("activation maps (what tells tokenmix where the evidence is)")
-    group.add_argument("--maps", default=None, metavar="FILE|area",
-                       help="a map bank, or area for area shares; default: made by --teacher, or area without one")
+    group.add_argument(
+        "--maps",
+        default=None,
+        metavar="FILE|area",
+        help="a map bank, or area for area shares; default: made by --teacher, or area without one",
+    )
     group.add_argument("--teacher", default=None, metavar="NAME", help="timm model whose activation maps are used")
-    group.add_argument("--teacher-weights", default=None, metavar="FILE",
-                       help="its weights; its head must have the classes of the data unless --probe")
-    group.add_argument("--probe", action=yes_no, default=None,
-                       help="fit the teacher's last layer on the training set first (default: for elpv and CIFAR)")
-    group.add_argument("--online", action="store_true",
-                       help="run the teacher on every crop instead of once on every source image")
+    group.add_argument(
+        "--teacher-weights",
+        default=None,
+        metavar="FILE",
+        help="its weights; its head must have the classes of the data unless --probe",
+    )
+    group.add_argument(
+        "--probe",
+        action=yes_no,
+        default=None,
+        help="fit the teacher's last layer on the training set first (default: for elpv and CIFAR)",
+    )
+    group.add_argument(
+        "--online", action="store_true", help="run the teacher on every crop instead of once on every source image"
+    )
     group.add_argument("--teacher-size", type=int, default=0, help="side of its input; 0: the model's own")
     group.add_argument("--cache", default=None, metavar="DIR", help="where maps are kept (default: runs/cache)")
 
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=["elpv", "imagefolder", "cifar10", "cifar100"], default="imagefolder")
-    group.add_argument("--data-path", default=None, metavar="DIR",
-                       help="folder with train/ and val/ (imagefolder), or of the CIFAR files (downloaded if missing)")
+    group.add_argument(
+        "--data-path",
+        default=None,
+        metavar="DIR",
+        help="folder with train/ and val/ (imagefolder), or of the CIFAR files (downloaded if missing)",
+    )
     group.add_argument("--num-workers", type=int, default=10, help="loader processes per process; 0: none")
     group.add_argument("--repeated-aug", action=yes_no, default=True, help="each image three times, as DeiT")
     group.add_argument("--color-jitter", type=float, default=0.3)

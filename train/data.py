@@ -137,20 +137,31 @@ def load_data(args: argparse.Namespace) -> Data:
     mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
     if args.data == "elpv":
         train, val = ElpvCells("train"), ElpvCells("val")
-        return Data("elpv", train, val, ElpvCells.classes, train.targets,
-                    dataset_digest(train.names, train.targets), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        return Data(
+            "elpv",
+            train,
+            val,
+            ElpvCells.classes,
+            train.targets,
+            dataset_digest(train.names, train.targets),
+            (0.5, 0.5, 0.5),
+            (0.25, 0.25, 0.25),
+        )
     if args.data_path is None:
         raise ValueError(f"--data {args.data} needs --data-path")
     root = Path(args.data_path)
     if args.data == "imagefolder":
         for split in ("train", "val"):
             if not (root / split).is_dir():
-                raise ValueError(f"--data imagefolder needs the folders train and val in --data-path; "
-                                 f"{root / split} is missing")
+                raise ValueError(
+                    f"--data imagefolder needs the folders train and val in --data-path; {root / split} is missing"
+                )
         folder, val_folder = datasets.ImageFolder(root / "train"), datasets.ImageFolder(root / "val")
         if folder.classes != val_folder.classes:
-            raise ValueError(f"{root / 'train'} has {len(folder.classes)} classes and {root / 'val'} "
-                             f"{len(val_folder.classes)}, or they are named differently")
+            raise ValueError(
+                f"{root / 'train'} has {len(folder.classes)} classes and {root / 'val'} "
+                f"{len(val_folder.classes)}, or they are named differently"
+            )
         return Data(str(root), folder, val_folder, folder.classes, folder.targets, folder_digest(folder), mean, std)
     kind = datasets.CIFAR10 if args.data == "cifar10" else datasets.CIFAR100
     cifar, cifar_val = kind(root, train=True, download=True), kind(root, train=False, download=True)
@@ -250,24 +261,48 @@ class EpochLoader:
 
     def __init__(self, data: Data, args: argparse.Namespace, rank: int, world: int, *, bank: MapBank | None) -> None:
         transform = TrackedTransform(
-            args.input_size, scale=tuple(args.scale), hflip=args.hflip, color_jitter=args.color_jitter,
-            auto_augment=None if args.aa == "none" else args.aa, interpolation=args.train_interpolation,
-            erasing=args.reprob, mean=data.mean, std=data.std)
+            args.input_size,
+            scale=tuple(args.scale),
+            hflip=args.hflip,
+            color_jitter=args.color_jitter,
+            auto_augment=None if args.aa == "none" else args.aa,
+            interpolation=args.train_interpolation,
+            erasing=args.reprob,
+            mean=data.mean,
+            std=data.std,
+        )
         self.samples = TrainSamples(data.train, transform, args.seed)
         self.order = EpochOrder(data, args, rank, world)
         self.collate = Collate(bank)
-        workers: dict[str, Any] = {"num_workers": args.num_workers, "pin_memory": torch.cuda.is_available(),
-                                   "persistent_workers": args.num_workers > 0}
+        workers: dict[str, Any] = {
+            "num_workers": args.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": args.num_workers > 0,
+        }
         # Loaders draw a number for each epoch: from generators of their own, not from the one of the model.
-        self.loader = DataLoader(self.samples, args.batch_size, sampler=self.order, drop_last=True,
-                                 collate_fn=self.collate, generator=torch.Generator(), **workers)
+        self.loader = DataLoader(
+            self.samples,
+            args.batch_size,
+            sampler=self.order,
+            drop_last=True,
+            collate_fn=self.collate,
+            generator=torch.Generator(),
+            **workers,
+        )
         self.steps = len(self.loader)
         if not self.steps:
-            raise ValueError(f"--batch-size {args.batch_size} on {world} process(es) is more than an epoch's "
-                             f"{len(self.order) * world} samples")
+            raise ValueError(
+                f"--batch-size {args.batch_size} on {world} process(es) is more than an epoch's "
+                f"{len(self.order) * world} samples"
+            )
         eval_transform = EvalTransform(args.input_size, crop_pct=args.eval_crop_ratio)
-        self.eval_loader = DataLoader(EvalSamples(data.val, eval_transform), args.batch_size,
-                                      sampler=range(rank, len(data.val), world), generator=torch.Generator(), **workers)
+        self.eval_loader = DataLoader(
+            EvalSamples(data.val, eval_transform),
+            args.batch_size,
+            sampler=range(rank, len(data.val), world),
+            generator=torch.Generator(),
+            **workers,
+        )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from a step on."""
@@ -277,8 +312,12 @@ class EpochLoader:
 
     def batch(self, epoch: int, positions: Tensor, ids: Tensor) -> Batch:
         """One batch again, by the places and ids of its samples."""
-        return self.collate([self.samples[epoch, position, index]
-                             for position, index in zip(positions.tolist(), ids.tolist(), strict=True)])
+        return self.collate(
+            [
+                self.samples[epoch, position, index]
+                for position, index in zip(positions.tolist(), ids.tolist(), strict=True)
+            ]
+        )
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images [B, 3, S, S] uint8, labels [B] int64) of this process's share, each image once."""

@@ -30,7 +30,8 @@ def stop_at(run: Run, trace: list[dict[str, Any]], update: int) -> NoReturn:
         checkpoint.save(state, path)
     raise NonFiniteLoss(
         f"loss or gradient not finite in epoch {first['epoch']}, step {first['step']} (mixing seed {first['seed']}).\n"
-        f"Weights, seed and image ids are in {path}; to look into it: python -m train --replay {path}")
+        f"Weights, seed and image ids are in {path}; to look into it: python -m train --replay {path}"
+    )
 
 
 def replay(args: argparse.Namespace) -> None:
@@ -56,17 +57,23 @@ def replay(args: argparse.Namespace) -> None:
         module.register_forward_hook(watch(name or type(run.model).__name__))
     for rank, steps in enumerate(state["steps"]):
         for entry in steps:
-            batch = to_device(run.loader.batch(entry["epoch"], entry["positions"], entry["ids"]), run.device,
-                              saved.channels_last)
+            batch = to_device(
+                run.loader.batch(entry["epoch"], entry["positions"], entry["ids"]), run.device, saved.channels_last
+            )
             checkpoint.set_rng_state(entry["rng"], run.device)
             first.clear()
             loss = forward(run, batch, entry["seed"], rank=rank)
             loss.backward()
-            gradients = [name for name, p in run.model.named_parameters()
-                         if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+            gradients = [
+                name
+                for name, p in run.model.named_parameters()
+                if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+            ]
             weights = [name for name, p in run.model.named_parameters() if not bool(torch.isfinite(p).all())]
-            print(f"epoch {entry['epoch']}, step {entry['step']}, rank {rank}, mixing seed {entry['seed']}\n"
-                  f"  image ids {entry['ids'].tolist()}\n  loss {loss.item()}\n"
-                  f"  first module whose output is not finite: {first[0] if first else 'none'}\n"
-                  f"  weights that are not finite: {', '.join(weights) or 'none'}\n"
-                  f"  gradients that are not finite: {len(gradients)} of {len(list(run.model.parameters()))}")
+            print(
+                f"epoch {entry['epoch']}, step {entry['step']}, rank {rank}, mixing seed {entry['seed']}\n"
+                f"  image ids {entry['ids'].tolist()}\n  loss {loss.item()}\n"
+                f"  first module whose output is not finite: {first[0] if first else 'none'}\n"
+                f"  weights that are not finite: {', '.join(weights) or 'none'}\n"
+                f"  gradients that are not finite: {len(gradients)} of {len(list(run.model.parameters()))}"
+            )

@@ -39,8 +39,21 @@ from .teacher import Evidence, make_evidence
 # Optimisers of torch that leave weights and moments alone, on the device, where found_inf is set.
 FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 # What decides the numbers of a run; a resumed run must agree in these.
-IDENTITY = ("model", "model_kwargs", "input_size", "batch_size", "accumulate", "epochs", "opt", "lr", "seed", "data",
-            "mixer", "repeated_aug", "max_steps")
+IDENTITY = (
+    "model",
+    "model_kwargs",
+    "input_size",
+    "batch_size",
+    "accumulate",
+    "epochs",
+    "opt",
+    "lr",
+    "seed",
+    "data",
+    "mixer",
+    "repeated_aug",
+    "max_steps",
+)
 
 
 @dataclass
@@ -132,8 +145,10 @@ def build(args: argparse.Namespace) -> Run:
     evidence = make_evidence(args, data, device, rank)
     loader = EpochLoader(data, args, rank, world, bank=evidence.bank)
     if loader.steps < args.accumulate:
-        raise ValueError(f"an epoch has {loader.steps} steps of {args.batch_size} images on {world} process(es), "
-                         f"fewer than --accumulate {args.accumulate}: use a smaller --batch-size")
+        raise ValueError(
+            f"an epoch has {loader.steps} steps of {args.batch_size} images on {world} process(es), "
+            f"fewer than --accumulate {args.accumulate}: use a smaller --batch-size"
+        )
 
     guarded = args.opt in FUSED
     options: dict[str, Any] = {"fused": True} if guarded else {}
@@ -143,12 +158,20 @@ def build(args: argparse.Namespace) -> Run:
         options["betas"] = tuple(args.opt_betas)
     scale = 1.0 if args.unscale_lr else args.batch_size * args.accumulate * world / 512
     optimizer = create_optimizer_v2(
-        model, opt=args.opt, lr=args.lr * scale, weight_decay=args.weight_decay, momentum=args.momentum, **options)
+        model, opt=args.opt, lr=args.lr * scale, weight_decay=args.weight_decay, momentum=args.momentum, **options
+    )
     steps = min(loader.steps, args.max_steps) if args.max_steps else loader.steps
     scheduler, _ = create_scheduler_v2(
-        optimizer, args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr, cooldown_epochs=args.cooldown_epochs,
-        step_on_epochs=not args.sched_on_updates, updates_per_epoch=max(1, steps // args.accumulate))
+        optimizer,
+        args.sched,
+        num_epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        cooldown_epochs=args.cooldown_epochs,
+        step_on_epochs=not args.sched_on_updates,
+        updates_per_epoch=max(1, steps // args.accumulate),
+    )
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
@@ -157,8 +180,22 @@ def build(args: argparse.Namespace) -> Run:
     if world > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
     return Run(
-        args, rank, world, device, data, loader, evidence, make_mixer(args, data, model), model, net, ema,
-        optimizer, scheduler, BinaryCrossEntropy() if args.bce_loss else SoftTargetCrossEntropy(), guarded)
+        args,
+        rank,
+        world,
+        device,
+        data,
+        loader,
+        evidence,
+        make_mixer(args, data, model),
+        model,
+        net,
+        ema,
+        optimizer,
+        scheduler,
+        BinaryCrossEntropy() if args.bce_loss else SoftTargetCrossEntropy(),
+        guarded,
+    )
 
 
 def forward(run: Run, batch: Batch, seed: int, timer: StepTimer | None = None, rank: int | None = None) -> Tensor:
@@ -191,8 +228,17 @@ def train_epoch(run: Run, progress: Progress, bar: tqdm, timer: StepTimer) -> No
     for step, host_batch in zip(range(progress.step, steps), batches, strict=False):
         last_of_update = (step + 1) % args.accumulate == 0
         seed = mixing_seed(args.seed, progress.epoch, step)
-        trace.append({"update": progress.updates, "seed": seed, "epoch": progress.epoch, "step": step,
-                      "positions": host_batch.positions, "ids": host_batch.ids, "rng": checkpoint.rng_state(device)})
+        trace.append(
+            {
+                "update": progress.updates,
+                "seed": seed,
+                "epoch": progress.epoch,
+                "step": step,
+                "positions": host_batch.positions,
+                "ids": host_batch.ids,
+                "rng": checkpoint.rng_state(device),
+            }
+        )
         batch = to_device(host_batch, device, args.channels_last)
         timer.mark("data")
         # Gradients are exchanged between processes once per update.
@@ -275,11 +321,20 @@ def save_checkpoint(run: Run, progress: Progress) -> None:
     states = checkpoint.gather(checkpoint.rng_state(run.device))
     if run.rank:
         return
-    checkpoint.save({
-        "args": checkpoint.plain_args(run.args), "world": run.world, "progress": vars(progress), "rng": list(states),
-        "mixing_seed": run.args.seed, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict(), "ema": run.ema.module.state_dict() if run.ema else None,
-    }, Path(run.args.output) / "last.pt")
+    checkpoint.save(
+        {
+            "args": checkpoint.plain_args(run.args),
+            "world": run.world,
+            "progress": vars(progress),
+            "rng": list(states),
+            "mixing_seed": run.args.seed,
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "scheduler": run.scheduler.state_dict(),
+            "ema": run.ema.module.state_dict() if run.ema else None,
+        },
+        Path(run.args.output) / "last.pt",
+    )
 
 
 def resume(run: Run, path: Path) -> Progress:
@@ -292,8 +347,11 @@ def resume(run: Run, path: Path) -> Progress:
     if "optimizer" not in state:
         raise ValueError(f"{path} holds weights only: resume from a last.pt, or start from it with --init-from")
     now = checkpoint.plain_args(run.args)
-    other = [f"--{key.replace('_', '-')} {state['args'][key]} (now {now[key]})"
-             for key in IDENTITY if state["args"][key] != now[key]]
+    other = [
+        f"--{key.replace('_', '-')} {state['args'][key]} (now {now[key]})"
+        for key in IDENTITY
+        if state["args"][key] != now[key]
+    ]
     if state["world"] != run.world:
         other.append(f"{state['world']} process(es) (now {run.world})")
     if other:
@@ -313,8 +371,11 @@ def end_epoch(run: Run, progress: Progress, seconds: float, board: Any) -> None:
     """Evaluate, write the records, and save."""
     args = run.args
     record: dict[str, Any] = {
-        "epoch": progress.epoch, "updates": progress.updates, "lr": run.optimizer.param_groups[0]["lr"],
-        "train_loss": progress.loss_sum / max(1, progress.step)}
+        "epoch": progress.epoch,
+        "updates": progress.updates,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "train_loss": progress.loss_sum / max(1, progress.step),
+    }
     if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == args.epochs:
         models = {"val": run.model} | ({"ema": run.ema.module} if run.ema else {})
         for name, model in models.items():
@@ -330,14 +391,24 @@ def end_epoch(run: Run, progress: Progress, seconds: float, board: Any) -> None:
         return
     write_records(progress.history, Path(args.output))
     if improved and args.keep_best:
-        checkpoint.save({"args": checkpoint.plain_args(args), "epoch": record["epoch"], "record": record,
-                         "model": run.model.state_dict(), "ema": run.ema.module.state_dict() if run.ema else None},
-                        Path(args.output) / "best.pt")
+        checkpoint.save(
+            {
+                "args": checkpoint.plain_args(args),
+                "epoch": record["epoch"],
+                "record": record,
+                "model": run.model.state_dict(),
+                "ema": run.ema.module.state_dict() if run.ema else None,
+            },
+            Path(args.output) / "best.pt",
+        )
     if board:
         for key, value in record.items():
             board.add_scalar(key, value, record["epoch"])
-    tqdm.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                         for key, value in record.items()))
+    tqdm.write(
+        "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items()
+        )
+    )
 
 
 def train(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -376,8 +447,15 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
     begin = time.perf_counter()
     for epoch in range(progress.epoch, args.epochs):
         start = time.perf_counter()
-        with tqdm(total=steps, initial=progress.step, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step",
-                  disable=True if run.rank else None, leave=False, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=steps,
+            initial=progress.step,
+            desc=f"epoch {epoch + 1}/{args.epochs}",
+            unit="step",
+            disable=True if run.rank else None,
+            leave=False,
+            dynamic_ncols=True,
+        ) as bar:
             train_epoch(run, progress, bar, timer)
         end_epoch(run, progress, time.perf_counter() - start, board)
     if run.rank == 0:
@@ -394,9 +472,11 @@ def describe(run: Run) -> str:
     """What is trained on what, in two lines."""
     args, weights = run.args, sum(parameter.numel() for parameter in run.model.parameters())
     processes = f" on {run.world} processes" if run.world > 1 else ""
-    return (f"{args.model}, {weights / 1e6:.2f} M weights, on {run.data.describe()}\n"
-            f"{args.epochs} epochs of {run.steps_per_epoch()} steps of {args.batch_size} images{processes}, "
-            f"device {run.device}\nmixer {args.mixer}, targets from {run.evidence.describe()}")
+    return (
+        f"{args.model}, {weights / 1e6:.2f} M weights, on {run.data.describe()}\n"
+        f"{args.epochs} epochs of {run.steps_per_epoch()} steps of {args.batch_size} images{processes}, "
+        f"device {run.device}\nmixer {args.mixer}, targets from {run.evidence.describe()}"
+    )
 
 
 def finish(run: Run, progress: Progress, timer: StepTimer, seconds: float) -> None:

@@ -36,8 +36,10 @@ def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
             raise ValueError(f"--init-from: nothing in {args.init_from} fits {args.model}")
         model.load_state_dict(fitting, strict=False)
         missing = sorted(own.keys() - fitting.keys())
-        print(f"{len(fitting)} of {len(own)} tensors from {args.init_from}"
-              + (f"; initialised anew: {', '.join(missing)}" if missing else ""))
+        print(
+            f"{len(fitting)} of {len(own)} tensors from {args.init_from}"
+            + (f"; initialised anew: {', '.join(missing)}" if missing else "")
+        )
     return model
 
 
@@ -53,9 +55,17 @@ def make_mixer(args: argparse.Namespace, data: Data, model: nn.Module) -> TokenM
     elif args.mixer == "mixup":
         alphas = {"mixup_alpha": args.mixup, "cutmix_alpha": 0.0}
     mix = TokenMix(
-        **alphas, **masks, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
-        label_smoothing=args.smoothing, num_classes=len(data.classes), patch_size=patch_size,
-        mean=[255 * value for value in data.mean], std=[255 * value for value in data.std],
-        out_dtype=torch.bfloat16 if args.amp else torch.float32)
+        **alphas,
+        **masks,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=len(data.classes),
+        patch_size=patch_size,
+        mean=[255 * value for value in data.mean],
+        std=[255 * value for value in data.std],
+        out_dtype=torch.bfloat16 if args.amp else torch.float32,
+    )
     mix.mixup_enabled = args.mixer != "none"
     return mix

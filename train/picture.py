@@ -45,9 +45,17 @@ def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
     maps, boxes = run.evidence(batch)
     patch = run.mix.settings.patch_size
     mixed = tokenmix(
-        batch.images.float() / 255, batch.labels, num_classes=len(data.classes), maps=maps, boxes=boxes,
-        patch_size=patch, minimum_tokens=args.minimum_tokens, mode="elem", seed=args.seed,
-        mask_type="cutmix" if args.mixer == "cutmix" else args.mask_type)
+        batch.images.float() / 255,
+        batch.labels,
+        num_classes=len(data.classes),
+        maps=maps,
+        boxes=boxes,
+        patch_size=patch,
+        minimum_tokens=args.minimum_tokens,
+        mode="elem",
+        seed=args.seed,
+        mask_type="cutmix" if args.mixer == "cutmix" else args.mask_type,
+    )
     masks = mixed.mask.cpu()  # [B, Gh, Gw]
     weights = mixed.weights.cpu()  # [B, 2]
     partner = torch.arange(len(items)).flip(0)
@@ -63,13 +71,31 @@ def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
     figure = Figure(figsize=(15.5, 2.05 * len(shown) + 1.75), facecolor="white")
     top, bottom = 1 - 1.3 / figure.get_figheight(), 0.45 / figure.get_figheight()
     axes = figure.subplots(
-        len(shown), len(COLUMNS), squeeze=False,
-        gridspec_kw={"width_ratios": [1, 1, 1, 1, 1, 1, 1.75], "left": 0.012, "right": 0.988, "top": top,
-                     "bottom": bottom, "wspace": 0.08, "hspace": 0.26})
+        len(shown),
+        len(COLUMNS),
+        squeeze=False,
+        gridspec_kw={
+            "width_ratios": [1, 1, 1, 1, 1, 1, 1.75],
+            "left": 0.012,
+            "right": 0.988,
+            "top": top,
+            "bottom": bottom,
+            "wspace": 0.08,
+            "hspace": 0.26,
+        },
+    )
     for column, title in enumerate(COLUMNS):
         box = axes[0, column].get_position()
-        figure.text((box.x0 + box.x1) / 2, top + 0.36 / figure.get_figheight(), title, ha="center", va="bottom",
-                    fontsize=11, color=INK, weight="bold")
+        figure.text(
+            (box.x0 + box.x1) / 2,
+            top + 0.36 / figure.get_figheight(),
+            title,
+            ha="center",
+            va="bottom",
+            fontsize=11,
+            color=INK,
+            weight="bold",
+        )
     for line, i in zip(axes, shown, strict=True):
         j = int(partner[i])
         _image(line[0], images[i], names[i], OWN)
@@ -80,16 +106,37 @@ def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
         _image(line[5], outputs[i], "", INK)
         _outline(line[5], masks[i].numpy(), patch)
         _weights(line[6], areas[i].tolist(), weights[i].tolist(), names[i], names[j])
-    figure.text(0.012, 1 - 0.3 / figure.get_figheight(), "Targets follow the evidence, not the area", ha="left",
-                va="center", fontsize=16, weight="bold", color=INK)
-    figure.text(0.012, 1 - 0.57 / figure.get_figheight(),
-                f"{data.name}, evidence from {run.evidence.describe().split(' (')[0]}.  Blue: tokens and label of the "
-                f"image.  Orange: of its partner.  A label weighs as much as the "
-                f"mix still shows of its evidence.", ha="left", va="center", fontsize=9.5, color="#555555")
-    figure.text(0.012, 0.16 / figure.get_figheight(),
-                f"The {len(shown)} pairs of the first training batch whose weights differ most from area shares. "
-                "The two weights need not sum to 1: the evidence of both may survive the mix, or of neither.",
-                ha="left", va="center", fontsize=9, color="#555555")
+    figure.text(
+        0.012,
+        1 - 0.3 / figure.get_figheight(),
+        "Targets follow the evidence, not the area",
+        ha="left",
+        va="center",
+        fontsize=16,
+        weight="bold",
+        color=INK,
+    )
+    figure.text(
+        0.012,
+        1 - 0.57 / figure.get_figheight(),
+        f"{data.name}, evidence from {run.evidence.describe().split(' (')[0]}.  Blue: tokens and label of the "
+        f"image.  Orange: of its partner.  A label weighs as much as the "
+        f"mix still shows of its evidence.",
+        ha="left",
+        va="center",
+        fontsize=9.5,
+        color="#555555",
+    )
+    figure.text(
+        0.012,
+        0.16 / figure.get_figheight(),
+        f"The {len(shown)} pairs of the first training batch whose weights differ most from area shares. "
+        "The two weights need not sum to 1: the evidence of both may survive the mix, or of neither.",
+        ha="left",
+        va="center",
+        fontsize=9,
+        color="#555555",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
@@ -133,10 +180,18 @@ def _evidence(axis: Any, image: np.ndarray[Any, Any], evidence: Tensor, kept: Te
     axis.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=1)
     # Opacity follows the heat, so that the picture stays visible where there is no evidence.
     strength = evidence.numpy() / max(float(evidence.max()), 1e-12)
-    axis.imshow(strength, cmap="inferno", alpha=0.3 + 0.6 * strength, extent=extent, interpolation="nearest",
-                vmin=0, vmax=1)
-    axis.imshow(np.ones(kept.shape), cmap="gray", vmin=0, vmax=1, alpha=0.66 * (~kept).numpy(), extent=extent,
-                interpolation="nearest")
+    axis.imshow(
+        strength, cmap="inferno", alpha=0.3 + 0.6 * strength, extent=extent, interpolation="nearest", vmin=0, vmax=1
+    )
+    axis.imshow(
+        np.ones(kept.shape),
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        alpha=0.66 * (~kept).numpy(),
+        extent=extent,
+        interpolation="nearest",
+    )
     _outline(axis, kept.numpy(), width // kept.shape[1], colour)
     axis.set_title(f"{float((evidence * kept).sum()):.0%} of it shown", fontsize=9, color=colour, pad=3)
     _bare(axis)
@@ -171,8 +226,16 @@ def _weights(axis: Any, areas: list[float], weights: list[float], own: str, othe
         axis.barh(y, b, left=a, color=PARTNER, alpha=faded, height=0.62)
         for start, share in ((0.0, a), (a, b)):
             if share > 0.09:
-                axis.text(start + share / 2, y, f"{share:.2f}", ha="center", va="center", fontsize=9.5,
-                          color="white" if faded == 1 else INK, weight="bold" if faded == 1 else "normal")
+                axis.text(
+                    start + share / 2,
+                    y,
+                    f"{share:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=9.5,
+                    color="white" if faded == 1 else INK,
+                    weight="bold" if faded == 1 else "normal",
+                )
         axis.text(-0.03, y, name, ha="right", va="center", fontsize=9, color=INK)
     axis.set(xlim=(-0.42, max(1.35, sum(weights) + 0.05)), ylim=(1.75, -0.75))
     axis.plot([1, 1], [-0.45, 1.45], color="#999999", lw=0.8, ls=":")

@@ -114,9 +114,15 @@ def make_mixers(args: argparse.Namespace, labels: Tensor, num_classes: int, patc
     cutmix = Mixup(mixup_alpha=0.0, cutmix_alpha=1.0, label_smoothing=args.smoothing, num_classes=num_classes)
     published = PublishedWay(values, indices, num_classes, patch_size, args.minimum_tokens)
     ours = TokenMix(
-        mixup_alpha=0.0, label_smoothing=args.smoothing, num_classes=num_classes, patch_size=patch_size,
-        minimum_tokens=args.minimum_tokens, mode="elem", mean=[255 * value for value in IMAGENET_DEFAULT_MEAN],
-        std=[255 * value for value in IMAGENET_DEFAULT_STD])
+        mixup_alpha=0.0,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+        patch_size=patch_size,
+        minimum_tokens=args.minimum_tokens,
+        mode="elem",
+        mean=[255 * value for value in IMAGENET_DEFAULT_MEAN],
+        std=[255 * value for value in IMAGENET_DEFAULT_STD],
+    )
     own_maps = values[:, 0].contiguous()
     return {
         "none": none,
@@ -175,8 +181,13 @@ def profile_mixers(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     num_classes = 1000
-    model: Any = timm.create_model(args.model, num_classes=num_classes, img_size=args.input_size,
-                                   drop_path_rate=args.drop_path, **args.model_kwargs).to(device)
+    model: Any = timm.create_model(
+        args.model,
+        num_classes=num_classes,
+        img_size=args.input_size,
+        drop_path_rate=args.drop_path,
+        **args.model_kwargs,
+    ).to(device)
     patch_size = args.patch_size or model.patch_embed.patch_size[0]
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=1e-4, weight_decay=args.weight_decay)
     criterion = BinaryCrossEntropy()
@@ -191,7 +202,7 @@ def profile_mixers(args: argparse.Namespace) -> dict[str, Any]:
     order = list(mixers)
     model.train()
     for turn in tqdm(range(WARM_UP + rounds), desc="steps with each mixer", disable=None):
-        for name in order[turn % len(order):] + order[: turn % len(order)]:
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
             clock.reset_peak()
             begin = clock.mark()
             mixed, targets = mixers[name](images, labels)
@@ -217,24 +228,39 @@ def profile_mixers(args: argparse.Namespace) -> dict[str, Any]:
         share = statistics.median(a / b for a, b in times)
         ratio = statistics.median(b / none for (_, b), (_, none) in zip(times, seconds["none"], strict=True))
         rows[name] = {
-            "mixing_ms": 1000 * mixing, "step_ms": 1000 * whole, "mixing_share": share, "step_to_none": ratio,
+            "mixing_ms": 1000 * mixing,
+            "step_ms": 1000 * whole,
+            "mixing_share": share,
+            "step_to_none": ratio,
             "images_per_second": args.batch_size / whole,
-            "peak_memory_mb": statistics.median(memory[name]) / 1e6 if memory[name] else None}
+            "peak_memory_mb": statistics.median(memory[name]) / 1e6 if memory[name] else None,
+        }
     cuda = device.type == "cuda"
     result = {
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "cpus": os.cpu_count(), "torch": torch.__version__, "model": args.model, "model_kwargs": args.model_kwargs,
-        "input_size": args.input_size, "batch_size": args.batch_size, "rounds": rounds, "mixers": rows}
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "model": args.model,
+        "model_kwargs": args.model_kwargs,
+        "input_size": args.input_size,
+        "batch_size": args.batch_size,
+        "rounds": rounds,
+        "mixers": rows,
+    }
     output = Path(args.output)
     checkpoint.write_lines([json.dumps(result, indent=1)], output / "mixers.json")
     _draw(result, output / "mixers.png")
-    print(f"{args.model}, {args.batch_size} images of {args.input_size}x{args.input_size}, {result['device']}, "
-          f"medians of {rounds} interleaved steps")
+    print(
+        f"{args.model}, {args.batch_size} images of {args.input_size}x{args.input_size}, {result['device']}, "
+        f"medians of {rounds} interleaved steps"
+    )
     print(f"{'mixer':<20}{'mixing ms':>11}{'step ms':>10}{'mixing':>9}{'to none':>9}{'images/s':>10}{'peak MB':>9}")
     for name, row in rows.items():
         most = f"{row['peak_memory_mb']:.0f}" if row["peak_memory_mb"] else "-"
-        print(f"{name:<20}{row['mixing_ms']:>11.2f}{row['step_ms']:>10.1f}{row['mixing_share']:>9.1%}"
-              f"{row['step_to_none']:>9.3f}{row['images_per_second']:>10.1f}{most:>9}")
+        print(
+            f"{name:<20}{row['mixing_ms']:>11.2f}{row['step_ms']:>10.1f}{row['mixing_share']:>9.1%}"
+            f"{row['step_to_none']:>9.3f}{row['images_per_second']:>10.1f}{most:>9}"
+        )
     print(f"\nrecords  {output / 'mixers.json'}\npicture  {output / 'mixers.png'}")
     return result
 
@@ -248,8 +274,13 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         axis.barh(y, rest, color="#cbd5e0", height=0.62)
         colour = "#2b6cb0" if name == "tokenmix_kernels" else "#dd6b20"
         axis.barh(y, row["mixing_ms"], left=rest, color=colour, height=0.62)
-        axis.text(row["step_ms"], y, f"  mixing {row['mixing_ms']:.1f} ms, {row['mixing_share']:.1%}   "
-                  f"{row['images_per_second']:.4g} images/s", va="center", fontsize=9)
+        axis.text(
+            row["step_ms"],
+            y,
+            f"  mixing {row['mixing_ms']:.1f} ms, {row['mixing_share']:.1%}   {row['images_per_second']:.4g} images/s",
+            va="center",
+            fontsize=9,
+        )
     axis.set_yticks(range(len(rows)), list(rows))
     axis.invert_yaxis()
     axis.set_xlim(0, max(row["step_ms"] for row in rows.values()) * 1.55)

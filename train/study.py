@@ -93,23 +93,40 @@ def measure(run: Run, images: Tensor, labels: Tensor, evidence: Tensor) -> dict[
     generator = torch.Generator().manual_seed(1)
     sound = {label: (labels == label).nonzero()[:, 0] for label in range(0, classes, 2)}
     donors = [sound[int(label) - 1] for label in labels[chosen]]
-    patches = torch.tensor([int(donor[torch.randint(len(donor), (), generator=generator)]) for donor in donors],
-                           dtype=torch.int64)
+    patches = torch.tensor(
+        [int(donor[torch.randint(len(donor), (), generator=generator)]) for donor in donors], dtype=torch.int64
+    )
     pasted = {}
     for name, largest in (("most", True), ("least", False)):
         mask = extreme_tokens(evidence[chosen], int(PASTED * count), largest)
         still = predictions(run, replace_tokens(images[chosen], images[patches], mask)) % 2 == 1
         pasted[name] = 100 * still.float().mean().item()
-    return {"top1": occlusion[0], "confusion": confusion.tolist(), "occlusion": occlusion,
-            "still_defective": pasted, "defects_found": len(chosen)}
+    return {
+        "top1": occlusion[0],
+        "confusion": confusion.tolist(),
+        "occlusion": occlusion,
+        "still_defective": pasted,
+        "defects_found": len(chosen),
+    }
 
 
 def study(options: argparse.Namespace) -> dict[str, Any]:
     """Train what is not trained yet, measure, and write study.json and study.png."""
     output = Path(options.output)
-    common = ["--recipe", options.recipe, "--no-picture", "--no-keep-best", "--resume", "auto", "--eval-every", "1000",
-              "--save-every", "50", *(["--epochs", str(options.epochs)] if options.epochs else []),
-              *(["--threads", str(options.threads)] if options.threads else [])]
+    common = [
+        "--recipe",
+        options.recipe,
+        "--no-picture",
+        "--no-keep-best",
+        "--resume",
+        "auto",
+        "--eval-every",
+        "1000",
+        "--save-every",
+        "50",
+        *(["--epochs", str(options.epochs)] if options.epochs else []),
+        *(["--threads", str(options.threads)] if options.threads else []),
+    ]
     base = parse([*common, "--output", str(output)])
     data = load_data(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,17 +180,24 @@ def write(options: argparse.Namespace, args: argparse.Namespace, results: dict[s
         del recipe[key]
     content = {
         "command": f"python -m train.study --recipe {options.recipe} --epochs {args.epochs} --seeds "
-                   f"{' '.join(map(str, options.seeds))}",
-        "torch": torch.__version__, "recipe": recipe, "dropped": DROPPED, "pasted": PASTED,
-        "runs": done}
+        f"{' '.join(map(str, options.seeds))}",
+        "torch": torch.__version__,
+        "recipe": recipe,
+        "dropped": DROPPED,
+        "pasted": PASTED,
+        "runs": done,
+    }
     checkpoint.write_lines([json.dumps(content, indent=1)], output / "study.json")
     draw(done, output / "study.png", args)
     print(f"\n{'targets':<20}{'top-1':>13}{'half dropped':>14}{'pasted: most':>14}{'pasted: least':>15}   seeds")
     for name, runs in done.items():
-        print(f"{name:<20}{spread([r['top1'] for r in runs]):>13}"
-              f"{spread([r['occlusion'][DROPPED.index(0.5)] for r in runs]):>14}"
-              f"{spread([r['still_defective']['most'] for r in runs]):>14}"
-              f"{spread([r['still_defective']['least'] for r in runs]):>15}   {len(runs)}", flush=True)
+        print(
+            f"{name:<20}{spread([r['top1'] for r in runs]):>13}"
+            f"{spread([r['occlusion'][DROPPED.index(0.5)] for r in runs]):>14}"
+            f"{spread([r['still_defective']['most'] for r in runs]):>14}"
+            f"{spread([r['still_defective']['least'] for r in runs]):>15}   {len(runs)}",
+            flush=True,
+        )
     print(f"records  {output / 'study.json'}\npicture  {output / 'study.png'}", flush=True)
 
 
@@ -206,14 +230,18 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path, args: argparse.Na
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(11)
     seeds = max(len(runs) for runs in results.values())
-    figure.suptitle(f"{args.data}, {args.epochs} epochs, {seeds} seed(s) each; dots and bands are the single seeds",
-                    fontsize=10, color="#555555")
+    figure.suptitle(
+        f"{args.data}, {args.epochs} epochs, {seeds} seed(s) each; dots and bands are the single seeds",
+        fontsize=10,
+        color="#555555",
+    )
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.study", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m train.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--epochs", type=int, default=0, help="0: the recipe's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -178,11 +178,13 @@ class _Loaded(NamedTuple):
 def _load(args: argparse.Namespace, name: str, data: Data) -> tuple[_Loaded, Path]:
     """The teacher as it comes, and the name of its bank, in which everything that its maps depend on has a part."""
     probe = args.data != "imagefolder" if args.probe is None else args.probe
-    weights = _weights_file(name, args.teacher_weights)
+    weights = weights_file(name, args.teacher_weights)
     model: Any = load_teacher(name, weights)
     if not probe and model.num_classes != len(data.classes):
-        raise ValueError(f"the teacher {name} knows {model.num_classes} classes, the data has {len(data.classes)}: "
-                         "use --probe, or --teacher-weights for these classes")
+        raise ValueError(
+            f"the teacher {name} knows {model.num_classes} classes, the data has {len(data.classes)}: "
+            "use --probe, or --teacher-weights for these classes"
+        )
     config = model.pretrained_cfg
     size = args.teacher_size or config["input_size"][-1]
     mean, std = (LITE0_MEAN, LITE0_STD) if weights and name == LITE0 else (config["mean"], config["std"])
@@ -196,13 +198,14 @@ def _load(args: argparse.Namespace, name: str, data: Data) -> tuple[_Loaded, Pat
 def _fit(args: argparse.Namespace, data: Data, device: torch.device, loaded: _Loaded, path: Path) -> Teacher:
     model = loaded.model.to(device=device, memory_format=torch.channels_last)
     if loaded.probe:
-        fit_probe(model, data, loaded.size, loaded.mean, loaded.std, device, path.with_suffix(".probe.pt"),
-                  args.num_workers)
+        fit_probe(
+            model, data, loaded.size, loaded.mean, loaded.std, device, path.with_suffix(".probe.pt"), args.num_workers
+        )
     maps = ActivationTeacher(model, mean=tuple(loaded.mean), std=tuple(loaded.std))
     return Teacher(maps, loaded.size, loaded.title, path)
 
 
-def _weights_file(name: str, given: str | None) -> Path | None:
+def weights_file(name: str, given: str | None) -> Path | None:
     if given:
         if not Path(given).is_file():
             raise ValueError(f"--teacher-weights: no file {given}")
@@ -269,8 +272,14 @@ def build_bank(teacher: Teacher, data: Data, device: torch.device, workers: int)
 
 
 def fit_probe(
-    model: Any, data: Data, size: int, mean: Sequence[float], std: Sequence[float], device: torch.device,
-    path: Path, workers: int
+    model: Any,
+    data: Data,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    path: Path,
+    workers: int,
 ) -> None:
     """Give the model a linear classifier for the data's classes, fitted on the training images only.
 
