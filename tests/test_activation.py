@@ -224,9 +224,7 @@ def test_demo_teacher_from_its_package_sees_the_cat():
 def test_weights_come_from_a_file(tmp_path, suffix):
     model = make("test_resnet", {}, classes=6)
     if suffix == ".pth":
-        torch.save(
-            {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "w.pth"
-        )
+        torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "w.pth")
     else:
         pytest.importorskip("safetensors.torch", reason="needs the extra 'train'").save_model(
             model, tmp_path / "w.safetensors"
@@ -240,9 +238,7 @@ def test_weights_come_from_a_file(tmp_path, suffix):
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     state = make("test_resnet", {}, classes=6).state_dict()
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(
-        ValueError, match=r"does not fit test_resnet: 2 parameters of another shape .first fc.bias"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit test_resnet: 2 parameters of another shape .first fc.bias"):
         load_teacher("test_resnet", tmp_path / "w.pth", num_classes=7)
     with pytest.raises(ValueError, match=r"does not fit test_efficientnet: .* parameters missing"):
         load_teacher("test_efficientnet", tmp_path / "w.pth")

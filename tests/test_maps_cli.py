@@ -142,9 +142,7 @@ def test_killed_builds_go_on_with_nothing_lost_or_doubled(weights, tmp_path, cap
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for start, least in ((torchrun, 40), ([sys.executable], 240)):
         command = [*start, "-m", "tokenmix_kernels.maps", *build_arguments(data, weights, out, **options)]
-        process = subprocess.Popen(
-            command, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             wait_for_maps(partial, least, process)
         finally:
@@ -152,9 +150,7 @@ def test_killed_builds_go_on_with_nothing_lost_or_doubled(weights, tmp_path, cap
         assert partial.exists() and not out.exists()
         with pytest.raises(FileNotFoundError, match=r"train\.bank is not finished"):
             MapBank.open(out)
-        scales = np.fromfile(
-            partial, "<f4", count, offset=4096 + 2 * 4096
-        )  # 600 * 12 bytes of values before it
+        scales = np.fromfile(partial, "<f4", count, offset=4096 + 2 * 4096)  # 600 * 12 bytes of values before it
         done = int((~np.isnan(scales)).sum())
         assert least <= done < count
         if start is torchrun:  # both had begun their share, at 0 and at 300
@@ -231,9 +227,7 @@ def test_folders_of_imagenet_get_the_classes_of_imagenet(tmp_path, capsys):
         other.write_text(text)
         expect_error(capsys, [*arguments, "--class-map", other, "--out", tmp_path / "c.bank"], says)
     (data / "n03063599").rename(data / "mugs")
-    expect_error(
-        capsys, [*arguments, "--out", tmp_path / "c.bank"], "2 classes but the teacher 1000.*--class-map"
-    )
+    expect_error(capsys, [*arguments, "--out", tmp_path / "c.bank"], "2 classes but the teacher 1000.*--class-map")
 
 
 def test_build_says_what_is_wrong(data, weights, tmp_path, capsys):
@@ -257,9 +251,7 @@ def test_build_with_a_vision_transformer_at_another_size(data, tmp_path, capsys)
     torch.save(model.state_dict(), tmp_path / "vit.pth")
     arguments = build_arguments(data, tmp_path / "vit.pth", tmp_path / "a.bank")
     arguments[arguments.index("test_resnet")] = "test_vit"
-    expect_error(
-        capsys, [*arguments, "--size", 100], "multiples of the patch size 16x16 of test_vit, not 100x100"
-    )
+    expect_error(capsys, [*arguments, "--size", 100], "multiples of the patch size 16x16 of test_vit, not 100x100")
     assert main([*arguments, "--size", "64", "96"]) == 0
     bank = MapBank.open(tmp_path / "a.bank")
     assert bank.grid == (4, 6) and bank.teacher.startswith("test_vit (attention, 64x96 px")
@@ -316,9 +308,7 @@ def label_maps(tmp_path):
         own[0, :3] = 0
         if number == 4:
             own.zero_()
-        target = (
-            root / os.path.basename(os.path.dirname(path)) / (os.path.basename(path).split(".")[0] + ".pt")
-        )
+        target = root / os.path.basename(os.path.dirname(path)) / (os.path.basename(path).split(".")[0] + ".pt")
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.save(label_map(own, label, seed=number), target)
         expected.append(own.clamp(min=0))
@@ -386,9 +376,7 @@ def test_convert_refuses_class_ids_that_half_precision_cannot_tell_apart(label_m
     other = tmp_path / "map.txt"
     other.write_text("a 0\nb 1\nc 2049\n")
     arguments = ["convert", root, "--data", data, "--out", tmp_path / "f.bank", "--workers", 0]
-    expect_error(
-        capsys, [*arguments, "--class-map", other], "class ids as torch.float16, too coarse for 2049"
-    )
+    expect_error(capsys, [*arguments, "--class-map", other], "class ids as torch.float16, too coarse for 2049")
 
 
 def test_inspect(data, weights, tmp_path, capsys):

@@ -84,8 +84,18 @@ def kill_after_save(process: subprocess.Popen[str], last: Path, seen: float) -> 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_run_is_the_same_run(folder: Path, bank: Path, tmp_path: Path, processes: int) -> None:
-    settings = ["--save-every", "2", "--maps", str(bank), "--accumulate", "2", "--clip-grad", "1", "--batch-size",
-                str(8 // processes)]
+    settings = [
+        "--save-every",
+        "2",
+        "--maps",
+        str(bank),
+        "--accumulate",
+        "2",
+        "--clip-grad",
+        "1",
+        "--batch-size",
+        str(8 // processes),
+    ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     if processes == 1:
         train(parse(tiny(folder, whole, *settings)))
@@ -153,8 +163,9 @@ def test_nonfinite_loss_stops_and_replays(
     saved = {}
     for log_every in (1, 100):
         output = tmp_path / str(log_every)
-        arguments = tiny(folder, output, "--lr", "1e37", "--warmup-epochs", "0", "--log-every", str(log_every),
-                         "--maps", str(bank))
+        arguments = tiny(
+            folder, output, "--lr", "1e37", "--warmup-epochs", "0", "--log-every", str(log_every), "--maps", str(bank)
+        )
         with pytest.raises(NonFiniteLoss, match="--replay"):
             train(parse(arguments))
         (path,) = output.glob("nonfinite-*.pt")
@@ -176,8 +187,27 @@ def test_nonfinite_loss_stops_and_replays(
 def test_accumulated_steps_are_one_large_step(folder: Path, tmp_path: Path) -> None:
     weights = []
     for name, settings in (("one", ["--batch-size", "16"]), ("two", ["--batch-size", "8", "--accumulate", "2"])):
-        train(parse(tiny(folder, tmp_path / name, *settings, "--mixer", "none", "--epochs", "1", "--drop-path", "0",
-                         "--opt", "sgd", "--lr", "0.05", "--warmup-epochs", "0")))
+        train(
+            parse(
+                tiny(
+                    folder,
+                    tmp_path / name,
+                    *settings,
+                    "--mixer",
+                    "none",
+                    "--epochs",
+                    "1",
+                    "--drop-path",
+                    "0",
+                    "--opt",
+                    "sgd",
+                    "--lr",
+                    "0.05",
+                    "--warmup-epochs",
+                    "0",
+                )
+            )
+        )
         weights.append(checkpoint.load(tmp_path / name / "last.pt")["model"])
     torch.manual_seed(0)
     before = build(parse(tiny(folder, tmp_path / "unused"))).model.state_dict()
@@ -240,8 +270,9 @@ def test_bad_arguments_get_a_sentence(folder: Path, bank: Path, tmp_path: Path) 
         train(parse(tiny(other, tmp_path / "d", "--maps", str(bank))))
     train(parse(tiny(folder, tmp_path / "e", "--epochs", "1", "--max-steps", "1")))
     with pytest.raises(ValueError, match=r"--seed 0 \(now 1\)"):
-        train(parse(tiny(folder, tmp_path / "e", "--epochs", "1", "--max-steps", "1", "--seed", "1",
-                         "--resume", "auto")))
+        train(
+            parse(tiny(folder, tmp_path / "e", "--epochs", "1", "--max-steps", "1", "--seed", "1", "--resume", "auto"))
+        )
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
@@ -297,8 +328,17 @@ def test_picture_weights_are_the_evidence_it_shows(folder: Path, bank: Path, tmp
     run = build(parse(tiny(folder, tmp_path, "--maps", str(bank), "--aa", "none")))
     batch = next(run.loader.epoch(0))
     maps, boxes = run.evidence(batch)
-    mixed = tokenmix(batch.images, batch.labels, num_classes=4, maps=maps, boxes=boxes, patch_size=8, seed=1,
-                     minimum_tokens=2, mode="elem")
+    mixed = tokenmix(
+        batch.images,
+        batch.labels,
+        num_classes=4,
+        maps=maps,
+        boxes=boxes,
+        patch_size=8,
+        seed=1,
+        minimum_tokens=2,
+        mode="elem",
+    )
     evidence = token_evidence(maps, boxes, mixed.mask.shape[1:], 8)
     torch.testing.assert_close((evidence * ~mixed.mask).sum((1, 2)), mixed.weights[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close((evidence.flip(0) * mixed.mask).sum((1, 2)), mixed.weights[:, 1], rtol=0, atol=1e-5)

@@ -39,8 +39,9 @@ def make_bank(path: Path, dataset: Any, grid: tuple[int, int] = (5, 6)) -> Path:
     """A bank of random maps for an ImageFolder."""
     count = len(dataset)
     maps = torch.rand(count, *grid, generator=torch.Generator().manual_seed(0)) ** 4
-    with MapBankWriter.create(path, count, grid, dataset.targets, torch.full((count, 2), 40), "random",
-                              folder_digest(dataset)) as writer:
+    with MapBankWriter.create(
+        path, count, grid, dataset.targets, torch.full((count, 2), 40), "random", folder_digest(dataset)
+    ) as writer:
         writer.write(torch.arange(count), maps)
         writer.finish()
     return path
@@ -63,8 +64,9 @@ def start(arguments: Sequence[str], processes: int = 1, script: Path | None = No
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [str(script)] if script else ["-m", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [*command, *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 100) -> str:
