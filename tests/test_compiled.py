@@ -1,0 +1,300 @@
+"""Every variant of the kernel, compiled ahead of time: no GPU is needed, and none of this says how fast it runs.
+
+A stub driver names the target; `warmup` then specialises and compiles as a launch would. Tensors are on the meta
+device, which has no memory and the best alignment.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenmix_kernels.settings import Settings
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from tokenmix_kernels import kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+META = torch.device("meta")
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+HALF = torch.float16
+
+
+class StubDriver:
+    """What the compiler asks a driver for. Each target is a device of its own to Triton's cache of kernels."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    """The name of the target that is compiled for."""
+    config = triton.runtime.driver
+    before = dict(vars(config))
+    config.set_active(StubDriver(TARGETS[request.param]))
+    yield request.param
+    vars(config).update(before)
+
+
+def case(
+    dtype: torch.dtype = HALF,
+    out_dtype: torch.dtype | None = None,
+    shape: tuple[int, int, int] = (3, 224, 224),
+    layout: str = "contiguous",
+    in_place: bool = False,
+    partner: bool = False,
+    maps: str = "none",
+    boxes: str = "none",
+    ids: bool = False,
+    flips: bool = False,
+    seed: str = "host",
+    **settings: Any,
+) -> dict[str, Any]:
+    return locals()
+
+
+# What the pixels look like: all of these must move 16 bytes at a time.
+MOVES = {
+    "fp16": case(),
+    "fp32": case(torch.float32),
+    "bf16": case(torch.bfloat16),
+    "uint8 as it is": case(torch.uint8),
+    "uint8 to fp16": case(torch.uint8, HALF, mean=MEAN, std=STD),
+    "uint8 to bf16": case(torch.uint8, torch.bfloat16, mean=MEAN, std=STD),
+    "fp16 channels_last": case(layout="channels_last"),
+    "fp32 channels_last": case(torch.float32, layout="channels_last"),
+    "uint8 channels_last to fp16": case(torch.uint8, HALF, layout="channels_last", mean=MEAN, std=STD),
+    "fp16 in place": case(in_place=True),
+    "fp32 in place": case(torch.float32, in_place=True),
+    "fp16 channels_last in place": case(in_place=True, layout="channels_last"),
+    "fp16 patch 32": case(patch_size=32),
+    "fp32 patch 8, 384": case(torch.float32, shape=(3, 384, 384), patch_size=8),
+    "fp16 random": case(mask_type="random"),
+    "fp16 given": case(mask_type="given"),
+}
+# What else is compiled: other draws, all forms of maps, awkward shapes.
+OTHERS = {
+    "mixup and block": case(mixup_alpha=0.8, switch_prob=0.5),
+    "mixup and block in place": case(mixup_alpha=0.8, switch_prob=0.5, in_place=True, mode="elem"),
+    "mixup and random, uint8 to fp16": case(
+        torch.uint8, HALF, mixup_alpha=0.8, switch_prob=0.5, mask_type="random", lam=-1.0, mean=MEAN, std=STD
+    ),
+    "mixup and cutmix, as timm": case(
+        torch.float32, mixup_alpha=0.8, switch_prob=0.5, mask_type="cutmix", lam=-1.0, mode="batch", correct_lam=False
+    ),
+    "cutmix in place": case(mask_type="cutmix", lam=-1.0, in_place=True, mode="pair"),
+    "cutmix minmax channels_last": case(mask_type="cutmix", minmax=(0.2, 0.8), layout="channels_last"),
+    "seed in memory": case(seed="device"),
+    "own maps": case(maps="own", boxes="xyxy", partner=True),
+    "own maps of a data set, bytes": case(maps="bytes", boxes="xyxy", ids=True, flips=True),
+    "affines": case(maps="own", boxes="affines"),
+    "maps of all classes": case(maps="all"),
+    "top-k maps": case(maps="topk", boxes="xyxy", mode="elem"),
+    "packed maps": case(maps="packed", boxes="crop"),
+    "packed maps, published": case(maps="packed", boxes="crop_swapped", mask_type="cutmix", lam=-1.0),
+    "64x64 grid": case(shape=(3, 256, 256), patch_size=4),
+    "not aligned": case(layout="offset"),
+    "transposed": case(layout="transposed"),
+    "one channel, patch 14": case(torch.float32, shape=(1, 518, 266), patch_size=14),
+    "wide": case(shape=(4, 32, 512), mode="elem"),
+}
+
+
+# What the compilers do today and should not: a few values set aside before the loops, never within them. Bytes on CUDA,
+# scalar registers that are kept in lanes of vector registers on gfx942.
+SPILLS = {
+    ("mixup and block in place", "sm_80"): 16,
+    ("mixup and block in place", "sm_90"): 16,
+    ("mixup and block in place", "sm_100"): 32,
+    ("affines", "sm_80"): 8,
+    ("64x64 grid", "sm_100"): 8,
+    ("cutmix minmax channels_last", "gfx942"): 14,
+    ("packed maps, published", "gfx942"): 4,
+}
+# Mean and deviation of each lane's channel are laid out anew through shared memory.
+MEAN_OF_A_LANE = "uint8 channels_last to fp16"
+
+
+def pixels(batch: int, shape: tuple[int, int, int], dtype: torch.dtype, layout: str) -> Tensor:
+    c, h, w = shape
+    if layout == "channels_last":
+        return torch.empty(batch, h, w, c, dtype=dtype, device=META).permute(0, 3, 1, 2)
+    if layout == "transposed":
+        return torch.empty(batch, c, w, h, dtype=dtype, device=META).transpose(2, 3)
+    if layout == "offset":
+        return torch.empty(batch, c, h + 1, w + 3, dtype=dtype, device=META)[:, :, 1:, 3:]
+    return torch.empty(batch, c, h, w, dtype=dtype, device=META)
+
+
+def launch(
+    dtype, out_dtype, shape, layout, in_place, partner, maps, boxes, ids, flips, seed, settings
+) -> tuple[tuple[int, ...], dict[str, Any]]:  # fmt: skip
+    batch, classes = 128, 1000
+    options = Settings(**({"num_classes": classes, "mode": "elem"} | settings))
+    grid = (shape[1] // options.patch_size, shape[2] // options.patch_size)
+    images = pixels(batch, shape, dtype, layout)
+    out = images if in_place else torch.empty_like(images, dtype=out_dtype or dtype)
+    values = indices = places = affines = None
+    if maps == "packed":
+        packed = torch.empty(batch, 3, 5, 18, 18, device=META)
+        values, indices, places = packed[:, 0], packed[:, 1], packed[:, 2, 0, 0, :4]
+        options = options._replace(box_format=boxes)
+    elif maps != "none":
+        size = {"own": (18, 18), "bytes": (16, 16), "all": (classes, 7, 7), "topk": (5, 18, 18)}[maps]
+        rows = 100_000 if ids else batch
+        values = torch.empty(rows, *size, dtype=torch.uint8 if maps == "bytes" else HALF, device=META)
+        indices = torch.empty(rows, *size, dtype=torch.int16, device=META) if maps == "topk" else None
+    if boxes == "xyxy":
+        places = torch.empty(batch, 4, device=META)
+    elif boxes == "affines":
+        affines = torch.empty(batch, 2, 3, device=META)
+
+    def one_each(dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
+        return torch.empty(batch, dtype=dtype, device=META) if wanted else None
+
+    mask = torch.empty(batch, *grid, dtype=torch.bool, device=META) if options.mask_type == "given" else None
+    key = torch.empty((), dtype=torch.int64, device=META) if seed == "device" else torch.tensor(1 << 40)
+    return kernels.arguments(
+        images, out, one_each(torch.int64), one_each(torch.int64, partner), values, indices, places, mask, key, 0,
+        torch.empty(batch, classes, device=META), torch.empty(batch, 2, device=META),
+        torch.empty(batch, *grid, dtype=torch.bool, device=META), tuple(images.shape), options, META,
+        one_each(torch.int64, ids), one_each(torch.bool, flips), affines,
+    )  # fmt: skip
+
+
+def compiled(grid: tuple[int, ...], named: dict[str, Any]) -> Any:
+    return kernels.mix_kernel.warmup(grid=grid, **named)
+
+
+def resources(binary: Any, target: str, folder: Path) -> SimpleNamespace:
+    """Registers and spilled bytes, as the vendor's tools have them."""
+    if target.startswith("gfx"):
+        listing = binary.asm["amdgcn"]
+        numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\n", listing)}
+        spilled = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"] + numbers["private_segment_fixed_size"]
+        return SimpleNamespace(registers=numbers["vgpr_count"], spilled=spilled)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", listing)}
+    return SimpleNamespace(registers=numbers["REG"], spilled=numbers["STACK"] + numbers["LOCAL"])
+
+
+def accesses(binary: Any, target: str) -> list[tuple[str, str, int]]:
+    """(load or store, space, bytes a thread) of every memory instruction in the listing."""
+    found = []
+    if target.startswith("gfx"):
+        sizes = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4, "b8": 1, "b16": 2, "b32": 4}
+        sizes |= {
+            "dwordx2": 8,
+            "dwordx3": 12,
+            "dwordx4": 16,
+            "u8": 1,
+            "i8": 1,
+            "u16": 2,
+            "i16": 2,
+            "b64": 8,
+            "b96": 12,
+            "b128": 16,
+        }
+        for space, what, size in re.findall(
+            r"^\s+(global|buffer|flat|ds)_(load|store|read|write)_([a-z]+(?:x\d|\d+)?)", binary.asm["amdgcn"], re.M
+        ):
+            what = {"read": "load", "write": "store"}.get(what, what)
+            found.append((what, "shared" if space == "ds" else "global", sizes[size]))
+        return found
+    pattern = r"\b(ld|st)\.(?:volatile\.)?(global|shared)(?:::\w+)?((?:\.[\w:]+)*?)(?:\.v(\d))?\.[bfus](\d+)\b"
+    for what, space, _, count, bits in re.findall(pattern, binary.asm["ptx"]):
+        found.append(({"ld": "load", "st": "store"}[what], space, int(count or 1) * int(bits) // 8))
+    return found
+
+
+@pytest.mark.parametrize("name", [*MOVES, *OTHERS])
+def test_compiles_without_spills(name, target, tmp_path):
+    variant = (MOVES | OTHERS)[name]
+    used = resources(compiled(*launch(**variant)), target, tmp_path)
+    assert used.spilled <= SPILLS.get((name, target), 0)
+    # 65,536 registers of a multiprocessor over 64 a thread leave room for 1,024 threads, in programs of any size.
+    tight = name in MOVES and name != MEAN_OF_A_LANE and target != "gfx942"
+    assert used.registers <= (64 if tight else 128)
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_pixels_move_16_bytes_at_a_time(name, target):
+    variant = MOVES[name]
+    grid, named = launch(**variant)
+    binary = compiled(grid, named)
+    threads = named["num_warps"] * TARGETS[target].warp_size
+    channels, _, width = variant["shape"]
+    patch = named["P"]
+    pixels = channels * patch * width  # of one row of tokens
+    twice = 2 if variant["in_place"] else 1
+    in_bytes, out_bytes = named["images"].element_size(), named["out"].element_size()
+    seen = accesses(binary, target)
+    for what, size, moved in (("load", in_bytes, 16 * in_bytes // out_bytes), ("store", out_bytes, 16)):
+        if target == "gfx942" and moved < 16:
+            continue  # bytes that are converted are loaded one by one there
+        wide = sum(1 for w, space, step in seen if w == what and space == "global" and step == moved)
+        assert wide * moved * threads >= twice * pixels * size
+    # Nothing is loaded value by value, but for a mask that is given.
+    if target != "gfx942" or in_bytes == out_bytes:
+        narrow = [step for what, space, step in seen if what == "load" and space == "global" and step < 4]
+        assert len(narrow) <= (1 if named["mask"] is not None else 0)
+
+
+@pytest.mark.parametrize("name", [name for name in MOVES if name != MEAN_OF_A_LANE])
+def test_pixels_do_not_pass_through_shared_memory(name, target):
+    grid, named = launch(**MOVES[name])
+    shared = [
+        sum(1 for _, space, _ in accesses(compiled(grid, named | without), target) if space == "shared")
+        for without in ({}, {"images": None, "out": None})
+    ]
+    # The draw reduces over a program's warps, in place twice. Moving adds at most the look-up of a row's bits; a tile
+    # that changes its layout adds 12 and more.
+    assert shared[0] <= shared[1] * (2 if MOVES[name]["in_place"] else 1) + 4
+
+
+def test_the_listing_is_read_rightly():
+    """The counts above would be 0, and pass or fail for the wrong reason, if these patterns did not match."""
+    ptx = """
+        @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+        ld.global.L1::evict_last.v2.b64 { %rd3, %rd4 }, [ %rd1 + 16 ];
+        st.global.b16 [ %rd5 + 0 ], { %rs1 };
+        st.shared::cta.b32 [ %r9 ], %r8;
+        ld.shared.v2.b32 {%r1, %r2}, [%r9];
+    """
+    assert accesses(SimpleNamespace(asm={"ptx": ptx}), "sm_90") == [
+        ("load", "global", 16), ("load", "global", 16), ("store", "global", 2), ("store", "shared", 4),
+        ("load", "shared", 8),
+    ]  # fmt: skip
+    gcn = "\tglobal_load_dwordx4 v[1:4], v[5:6], off\n\tds_write_b32 v1, v2\n\tbuffer_store_byte v1, v2, s[0:3], 0\n"
+    assert accesses(SimpleNamespace(asm={"amdgcn": gcn}), "gfx942") == [
+        ("load", "global", 16), ("store", "shared", 4), ("store", "global", 1)
+    ]  # fmt: skip
