@@ -36,6 +36,13 @@ def is_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def without_grad(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require grad: mixing is not differentiable; use {name}.detach() or no_grad()"
+        )
+
+
 def is_number(name: str, value: Any, low: float, high: float, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ValueError(f"{name} must be {what}, got {value!r}")
@@ -44,6 +51,16 @@ def is_number(name: str, value: Any, low: float, high: float, what: str) -> None
 def is_count(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+
+def as_numbers(name: str, values: Any) -> tuple[float, ...]:
+    """A sequence, array or tensor of numbers as a tuple; nothing where it is None."""
+    if values is None:
+        return ()
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a sequence of numbers, got {values!r}") from error
 
 
 def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -100,8 +117,7 @@ def check_images(images: Tensor, settings: Settings) -> None:
     check_grid(height // patch, width // patch)
     if settings.mean and len(settings.mean) != channels:
         raise ValueError(f"mean and std must have one value for each of the {channels} channels, got {settings.mean}")
-    if images.requires_grad and torch.is_grad_enabled():
-        raise ValueError("images must not require grad: mixing is not differentiable; detach them or use no_grad()")
+    without_grad("images", images)
     if channels * height * width >= 2**31:
         raise ValueError(f"images must have fewer than 2**31 values each, got {channels * height * width}")
 
@@ -140,6 +156,7 @@ def check_maps(maps: Tensor, indices: Tensor | None, batch: int, device_of: Tens
     if not all(1 <= side <= LARGEST_MAP for side in maps.shape[-2:]) or maps.shape[1] == 0:
         raise ValueError(f"maps must be between 1x1 and {LARGEST_MAP}x{LARGEST_MAP} cells, got {shape_of(maps)}")
     inner_contiguous("maps", maps)
+    without_grad("maps", maps)
     same_device("maps", maps, device_of)
     if indices is not None:
         is_tensor("indices", indices)
@@ -195,6 +212,7 @@ def check_affines(affines: Tensor, batch: int, device_of: Tensor) -> None:
     if affines.shape != (batch, 2, 3) or not affines.is_contiguous():
         raise ValueError(f"affines must be a contiguous [{batch}, 2, 3], got {shape_of(affines)}")
     same_device("affines", affines, device_of)
+    without_grad("affines", affines)
     if readable(affines):
         if not affines.isfinite().all():
             raise ValueError("affines must be finite")
@@ -212,6 +230,7 @@ def check_boxes(boxes: Tensor, batch: int, device_of: Tensor, box_format: str = 
     if boxes.shape != (batch, 4):
         raise ValueError(f"boxes must be [{batch}, 4], one (x0, y0, x1, y1) for each image, got {shape_of(boxes)}")
     same_device("boxes", boxes, device_of)
+    without_grad("boxes", boxes)
     if readable(boxes):
         low, high = boxes[:, :2], boxes[:, 2:] if box_format == "xyxy" else boxes[:, :2] + boxes[:, 2:]
         # A crop's far end, as near end plus length, may round to just above 1.
@@ -262,13 +281,13 @@ def check_out(images: Tensor, out: Tensor, dtype: torch.dtype, settings: Setting
     if out.shape != images.shape:
         raise ValueError(f"out must have the shape of images {shape_of(images)}, got {shape_of(out)}")
     same_device("out", out, images)
+    without_grad("out", out)
+    if has_overlap(out):
+        raise ValueError("out must not be an expanded tensor: its elements overlap in memory")
     if out is images or (out.data_ptr() == images.data_ptr() and out.stride() == images.stride()):
         if settings.mean:
             raise ValueError("out must not be images where mean and std are given: only what moves is touched in place")
         return
-    for tensor, name in ((images, "images"), (out, "out")):
-        if has_overlap(tensor) and name == "out":
-            raise ValueError("out must not be an expanded tensor: its elements overlap in memory")
     if out.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
         first, last = span(images)
         out_first, out_last = span(out)

@@ -234,8 +234,8 @@ def tokenmix(
             of range adds nothing to the targets, and a partner out of range is the image itself.
     """
     settings = make_settings(
-        num_classes=num_classes, patch_size=patch_size, mask_type="given" if mask is not None else mask_type, mode=mode,
-        lam=lam, minimum_tokens=minimum_tokens, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0, switch_prob=1.0,
+        num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, given=mask is not None, mode=mode, lam=lam,
+        minimum_tokens=minimum_tokens, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0, switch_prob=1.0,
         minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
     )  # fmt: skip
     return run(
@@ -279,8 +279,6 @@ def token_mask(
         num_classes=1, patch_size=patch_size, mask_type=mask_type, mode=mode, lam=lam, minimum_tokens=minimum_tokens,
         cutmix_alpha=cutmix_alpha,
     )  # fmt: skip
-    if mask_type == "given":
-        raise ValueError("mask_type must be 'block', 'random' or 'cutmix', got 'given'")
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     home = torch.device(device)
@@ -344,15 +342,18 @@ def crop_format(crop_axes: str) -> str:
     return "crop" if crop_axes == "right" else "crop_swapped"
 
 
-def make_settings(*, lam: float | str, **values: Any) -> Settings:
-    """Checked settings from a caller's arguments."""
+def make_settings(*, lam: float | str, mask_type: str, given: bool = False, **values: Any) -> Settings:
+    """Checked settings from a caller's arguments; `given` where the mask is an input, whatever mask_type says."""
+    checks.one_of("mask_type", mask_type, ("block", "random", "cutmix"))
     if isinstance(lam, str) and lam != "beta":
         raise ValueError(f"lam must be the share to keep, in [0, 1], or 'beta', got {lam!r}")
     if not isinstance(lam, str):
         checks.is_number("lam", lam, 0, 1, "the share to keep, in [0, 1], or 'beta'")
     for name in ("minmax", "mean", "std"):
-        values[name] = tuple(float(value) for value in values.get(name) or ())
-    settings = Settings(lam=-1.0 if lam == "beta" else float(lam), **values)
+        values[name] = checks.as_numbers("cutmix_minmax" if name == "minmax" else name, values.get(name))
+    settings = Settings(
+        lam=-1.0 if lam == "beta" else float(lam), mask_type="given" if given else mask_type, **values
+    )  # fmt: skip
     checks.check_settings(settings)
     return settings
 
@@ -426,6 +427,11 @@ def run(
         checks.check_labels(labels, images, settings.num_classes)
     if values is not None:
         checks.check_maps(values, indices, batch, images, ids)
+        if values.dim() == 4 and indices is None and values.shape[1] != settings.num_classes:
+            raise ValueError(
+                f"maps of all classes must be [B, {settings.num_classes}, h, w], got {list(values.shape)}; "
+                "maps of the strongest classes come with their numbers, as TopKMaps"
+            )
         checks.check_places(boxes, flips, affines, batch, images, settings.box_format)
     else:
         for name, place in (("boxes", boxes), ("ids", ids), ("flips", flips), ("affines", affines)):
@@ -443,9 +449,9 @@ def run(
         in_place = out is images or out.data_ptr() == images.data_ptr()
     if partner is not None:
         checks.check_partner(partner, batch, images, in_place)
+    module = backend_of(backend, images)
     key = as_seed(seed, generator, images.device)
 
-    module = backend_of(backend, images)
     places = (ids, flips, affines)
     inputs = (labels, partner, values, indices, boxes, mask, key, sample_offset)
     if module is None:
