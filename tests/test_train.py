@@ -29,7 +29,7 @@ from train.loop import build, mixing_seed, train
 from train.picture import token_evidence
 from train.profile_mixers import PublishedWay, profile_mixers
 from train.study import extreme_tokens, replace_tokens
-from train.teacher import make_evidence, mirror, probe, warp_maps
+from train.teacher import make_evidence, probe
 
 
 @pytest.fixture(autouse=True)
@@ -291,29 +291,6 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
-def test_warped_maps_show_the_crop() -> None:
-    # A map that is linear in x and y is reproduced by bilinear sampling wherever the border does not clamp.
-    rows, columns = torch.meshgrid((torch.arange(12) + 0.5) / 12, (torch.arange(16) + 0.5) / 16, indexing="ij")
-    maps = (1 + 2 * columns + 3 * rows)[None]  # [1, 12, 16]
-    identity = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
-    torch.testing.assert_close(warp_maps(maps, identity), maps)
-    torch.testing.assert_close(warp_maps(maps, torch.tensor([[[-1.0, 0, 1], [0, 1, 0]]])), maps.flip(-1))
-    crop = torch.tensor([[[0.5, 0.1, 0.2], [-0.1, 0.4, 0.3]]])
-    x, y = 0.5 * columns + 0.1 * rows + 0.2, -0.1 * columns + 0.4 * rows + 0.3
-    torch.testing.assert_close(warp_maps(maps, crop)[0], 1 + 2 * x + 3 * y)
-    shifted = warp_maps(torch.ones(1, 12, 16), torch.tensor([[[1.0, 0, 0.5], [0, 1, 0]]]))
-    assert torch.equal(shifted[0].bool(), columns < 0.5), "outside the source there is no evidence"
-
-
-def test_mirrored_maps_and_boxes_are_the_flipped_crop() -> None:
-    maps = torch.arange(8.0).reshape(1, 2, 4).repeat(2, 1, 1)
-    boxes = torch.tensor([[0.25, 0.0, 0.5, 1.0]]).repeat(2, 1)
-    turned, corners = mirror(maps, boxes, torch.tensor([False, True]))
-    assert torch.equal(turned[0], maps[0]) and torch.equal(corners[0], boxes[0])
-    assert torch.equal(turned[1, :, 2:3], maps[1, :, 1:2]), "the crop's only column"
-    assert corners[1].tolist() == [0.5, 0.0, 0.75, 1.0]
-
-
 def test_probe_separates_and_folds_the_standardisation() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (300,), generator=generator)
@@ -327,19 +304,18 @@ def test_probe_separates_and_folds_the_standardisation() -> None:
 def test_picture_weights_are_the_evidence_it_shows(folder: Path, bank: Path, tmp_path: Path) -> None:
     run = build(parse(tiny(folder, tmp_path, "--maps", str(bank), "--aa", "none")))
     batch = next(run.loader.epoch(0))
-    maps, boxes = run.evidence(batch)
+    places = run.evidence(batch)
     mixed = tokenmix(
         batch.images,
         batch.labels,
         num_classes=4,
-        maps=maps,
-        boxes=boxes,
+        **places,
         patch_size=8,
         seed=1,
         minimum_tokens=2,
         mode="elem",
     )
-    evidence = token_evidence(maps, boxes, mixed.mask.shape[1:], 8)
+    evidence = token_evidence(places, batch.labels, (mixed.mask.shape[1], mixed.mask.shape[2]))
     torch.testing.assert_close((evidence * ~mixed.mask).sum((1, 2)), mixed.weights[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close((evidence.flip(0) * mixed.mask).sum((1, 2)), mixed.weights[:, 1], rtol=0, atol=1e-5)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .settings import BATCH, BLOCK, COPY, CUTMIX, GIVEN, MASK_TYPES, MIXUP, MODES, PAIR, RANDOM, Plan, Settings, plan
 from .tables import BETA_BITS, RATIO_BITS, beta_table, ratio_table
 
-__all__ = ["Draw", "draw", "mix", "mix_inplace", "pool_targets", "targets", "token_mask"]
+__all__ = ["Draw", "draw", "mix", "mix_inplace", "pool_targets", "pool_tokens", "targets", "token_mask"]
 
 HEADER, RECTANGLE, TRIES, KEYS = 0, 1, 2, 3  # streams of the random counters
 LOW32 = 0xFFFFFFFF
@@ -386,6 +386,35 @@ def resample_affine(maps: Tensor, affines: Tensor, grid_h: int, grid_w: int) -> 
     return total / (across * down)
 
 
+def pool_tokens(
+    maps: Tensor,
+    indices: Tensor | None,
+    labels: Tensor,
+    boxes: Tensor | None,
+    grid: tuple[int, int],
+    box_format: str = "xyxy",
+    ids: Tensor | None = None,
+    flips: Tensor | None = None,
+    affines: Tensor | None = None,
+) -> Tensor:
+    """The activation map of each image's own label on its token grid, [B, Gh, Gw] fp32 on the CPU, not normalised."""
+    if ids is not None:
+        ids = ids.to(maps.device).long()
+        listed = (ids >= 0) & (ids < len(maps))
+        ids = torch.where(listed, ids, 0)
+        maps, indices = maps[ids], None if indices is None else indices[ids]
+    own = own_maps(maps.cpu(), None if indices is None else indices.cpu(), labels)
+    if ids is not None:
+        own = own * listed.cpu()[:, None, None]
+    if affines is not None:
+        return resample_affine(own, affines.cpu().float(), *grid)
+    low_x, low_y, high_x, high_y = corners(boxes, len(own), box_format)
+    rows = resample(low_y, high_y, own.shape[1], grid[0])
+    columns = resample(low_x, high_x, own.shape[2], grid[1])
+    pooled = rows @ own @ columns.transpose(1, 2)  # [B, Gh, Gw]
+    return pooled if flips is None else torch.where(flips.cpu()[:, None, None], pooled.flip(2), pooled)
+
+
 def pool(
     maps: Tensor,
     indices: Tensor | None,
@@ -403,24 +432,8 @@ def pool(
     `taken` [B, Gh, Gw] fp32 is the share of each token that comes from the partner. An image without evidence (its sum
     is not a positive number) gets its share of the area.
     """
-    grid_h, grid_w = taken.shape[1:]
-    if ids is not None:
-        ids = ids.to(maps.device).long()
-        listed = (ids >= 0) & (ids < len(maps))
-        ids = torch.where(listed, ids, 0)
-        maps, indices = maps[ids], None if indices is None else indices[ids]
-    own = own_maps(maps.cpu(), None if indices is None else indices.cpu(), labels)
-    if ids is not None:
-        own = own * listed.cpu()[:, None, None]
-    if affines is not None:
-        pooled = resample_affine(own, affines.cpu().float(), grid_h, grid_w)
-    else:
-        low_x, low_y, high_x, high_y = corners(boxes, len(own), box_format)
-        rows = resample(low_y, high_y, own.shape[1], grid_h)
-        columns = resample(low_x, high_x, own.shape[2], grid_w)
-        pooled = rows @ own @ columns.transpose(1, 2)  # [B, Gh, Gw]
-        if flips is not None:
-            pooled = torch.where(flips.cpu()[:, None, None], pooled.flip(2), pooled)
+    grid = (taken.shape[1], taken.shape[2])
+    pooled = pool_tokens(maps, indices, labels, boxes, grid, box_format, ids, flips, affines)
     total = pooled.sum((1, 2))
     kept = torch.stack([pooled * (1 - taken), pooled[partner] * taken], 1).sum((2, 3))  # [B, 2]
     total = torch.stack([total, total[partner]], 1)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 from torchvision import datasets
 
-from tokenmix_kernels.bank import MapBank, dataset_digest
+from tokenmix_kernels.bank import dataset_digest
 from tokenmix_kernels.maps import folder_digest
 from tokenmix_kernels.transforms import EvalTransform, TrackedTransform
 
@@ -39,7 +39,6 @@ class Batch(NamedTuple):
         affines: [B, 2, 3] float32, from relative output to relative source positions, warps included.
         ids: [B] int64, places of the images in the data set.
         positions: [B] int64, places of the samples in the epoch, over all processes.
-        maps: [B, h, w] float32, the source images' maps from the bank, or [B, 0, 0] without one.
     """
 
     images: Any
@@ -49,7 +48,6 @@ class Batch(NamedTuple):
     affines: Any
     ids: Any
     positions: Any
-    maps: Any
 
 
 def to_device(batch: Batch, device: torch.device, channels_last: bool = False) -> Batch:
@@ -201,7 +199,7 @@ class TrainSamples(Dataset[Batch]):
         image, label = self.source[index]
         with seeded(self.seed, epoch, position, index):
             pixels, geometry = self.transform(image)
-        return Batch(pixels, label, geometry.box, geometry.flip, geometry.affine, index, position, torch.empty(0, 0))
+        return Batch(pixels, label, geometry.box, geometry.flip, geometry.affine, index, position)
 
 
 class EvalSamples(Dataset[tuple[Tensor, int]]):
@@ -241,17 +239,6 @@ class EpochOrder(Sampler[tuple[int, int, int]]):
         return len(self.sampler) - self.first
 
 
-class Collate:
-    """Stacks samples and reads their maps from the bank, in the loader's process."""
-
-    def __init__(self, bank: MapBank | None) -> None:
-        self.bank = bank
-
-    def __call__(self, samples: list[Batch]) -> Batch:
-        batch: Batch = default_collate(samples)
-        return batch if self.bank is None else batch._replace(maps=self.bank.maps(batch.ids))
-
-
 class EpochLoader:
     """Training batches of one process, epoch by epoch, and its share of the validation set.
 
@@ -259,7 +246,7 @@ class EpochLoader:
         steps: batches in an epoch of this process.
     """
 
-    def __init__(self, data: Data, args: argparse.Namespace, rank: int, world: int, *, bank: MapBank | None) -> None:
+    def __init__(self, data: Data, args: argparse.Namespace, rank: int, world: int) -> None:
         transform = TrackedTransform(
             args.input_size,
             scale=tuple(args.scale),
@@ -273,7 +260,6 @@ class EpochLoader:
         )
         self.samples = TrainSamples(data.train, transform, args.seed)
         self.order = EpochOrder(data, args, rank, world)
-        self.collate = Collate(bank)
         workers: dict[str, Any] = {
             "num_workers": args.num_workers,
             "pin_memory": torch.cuda.is_available(),
@@ -285,7 +271,6 @@ class EpochLoader:
             args.batch_size,
             sampler=self.order,
             drop_last=True,
-            collate_fn=self.collate,
             generator=torch.Generator(),
             **workers,
         )
@@ -312,12 +297,9 @@ class EpochLoader:
 
     def batch(self, epoch: int, positions: Tensor, ids: Tensor) -> Batch:
         """One batch again, by the places and ids of its samples."""
-        return self.collate(
-            [
-                self.samples[epoch, position, index]
-                for position, index in zip(positions.tolist(), ids.tolist(), strict=True)
-            ]
-        )
+        pairs = zip(positions.tolist(), ids.tolist(), strict=True)
+        batch: Batch = default_collate([self.samples[epoch, position, index] for position, index in pairs])
+        return batch
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images [B, 3, S, S] uint8, labels [B] int64) of this process's share, each image once."""

@@ -143,7 +143,7 @@ def build(args: argparse.Namespace) -> Run:
     model = model.to(device).to(memory_format=memory_format)
 
     evidence = make_evidence(args, data, device, rank)
-    loader = EpochLoader(data, args, rank, world, bank=evidence.bank)
+    loader = EpochLoader(data, args, rank, world)
     if loader.steps < args.accumulate:
         raise ValueError(
             f"an epoch has {loader.steps} steps of {args.batch_size} images on {world} process(es), "
@@ -200,9 +200,8 @@ def build(args: argparse.Namespace) -> Run:
 
 def forward(run: Run, batch: Batch, seed: int, timer: StepTimer | None = None, rank: int | None = None) -> Tensor:
     """The loss of a batch that is on the device, mixed with the masks of (seed, rank)."""
-    maps, boxes = run.evidence(batch)
     offset = (run.rank if rank is None else rank) * run.args.batch_size
-    images, targets = run.mix(batch.images, batch.labels, maps, boxes, seed=seed, sample_offset=offset)
+    images, targets = run.mix(batch.images, batch.labels, **run.evidence(batch), seed=seed, sample_offset=offset)
     if timer:
         timer.mark("mixing")
     with run.autocast():

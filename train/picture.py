@@ -11,9 +11,10 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.ops import roi_align
+from torch.utils.data import default_collate
 
 from tokenmix_kernels import tokenmix
+from tokenmix_kernels.reference import pool_tokens
 
 from .data import to_device
 
@@ -41,15 +42,14 @@ def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
     if args.mixer not in ("tokenmix", "cutmix"):
         return None
     items = list(islice(iter(run.loader.order), max(rows, args.batch_size)))
-    batch = to_device(run.loader.collate([run.loader.samples[item] for item in items]), run.device)
-    maps, boxes = run.evidence(batch)
+    batch = to_device(default_collate([run.loader.samples[item] for item in items]), run.device)
+    places = run.evidence(batch)
     patch = run.mix.settings.patch_size
     mixed = tokenmix(
         batch.images.float() / 255,
         batch.labels,
         num_classes=len(data.classes),
-        maps=maps,
-        boxes=boxes,
+        **places,
         patch_size=patch,
         minimum_tokens=args.minimum_tokens,
         mode="elem",
@@ -61,7 +61,7 @@ def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
     partner = torch.arange(len(items)).flip(0)
     area = masks.float().mean((1, 2))
     areas = torch.stack([1 - area, area], 1)
-    evidence = token_evidence(maps, boxes, masks.shape[1:], len(items))
+    evidence = token_evidence(places, batch.labels, (masks.shape[1], masks.shape[2]))
     chosen = (weights - areas).abs().sum(1).argsort(descending=True, stable=True)
     first_of_pair = [int(i) for i in chosen if data.labels and int(batch.labels[i]) != int(batch.labels[partner[i]])]
     shown = (first_of_pair + [int(i) for i in chosen if int(i) not in first_of_pair])[:rows]
@@ -142,17 +142,13 @@ def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
     return path
 
 
-def token_evidence(maps: Tensor | None, boxes: Tensor | None, grid: torch.Size, batch: int) -> Tensor:
+def token_evidence(places: dict[str, Any], labels: Tensor, grid: tuple[int, int]) -> Tensor:
     """The maps on the token grid as the targets see them, each summing to 1, [B, Gh, Gw] on the CPU."""
-    if maps is None:
-        return torch.full((batch, *grid), 1 / grid.numel())
-    h, w = maps.shape[1:]
-    if boxes is None:
-        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=maps.device).expand(batch, 4)
-    corners = boxes * torch.tensor([w, h, w, h], device=maps.device) - 0.5
-    regions = torch.cat([torch.arange(batch, device=maps.device)[:, None].float(), corners], 1)
-    pooled = roi_align(maps[:, None].float(), regions, (grid[0], grid[1]))[:, 0]
-    return (pooled / (pooled.sum((1, 2), keepdim=True) + 1e-8)).cpu()
+    if not places:
+        return torch.full((len(labels), *grid), 1 / (grid[0] * grid[1]))
+    arguments: dict[str, Any] = {"indices": None, "boxes": None, **places}
+    pooled = pool_tokens(labels=labels.cpu(), grid=grid, **arguments)
+    return pooled / (pooled.sum((1, 2), keepdim=True) + 1e-8)
 
 
 def to_pixels(images: Tensor) -> np.ndarray[Any, Any]:

@@ -31,29 +31,31 @@ PROBE_DECAY = 0.01
 
 
 class Evidence:
-    """Maps and boxes for a batch, as TokenMix takes them. This one has none: targets are area shares."""
+    """What TokenMix is told about a batch's evidence. This one has none: targets are area shares."""
 
     bank: MapBank | None = None
 
-    def __call__(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """(maps [B, h, w], boxes [B, 4]) on the batch's device; None where there is nothing to say."""
-        return None, None
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """The arguments maps, ids, boxes, flips and affines of TokenMix, as far as there are any."""
+        return {}
 
     def describe(self) -> str:
         return "area shares"
 
 
 class BankEvidence(Evidence):
-    """Maps of the whole source images, made once; each crop sees its part of them."""
+    """Maps of the whole source images, made once and kept as bytes on the device; each crop sees its part of them."""
 
     def __init__(self, bank: MapBank, warped: bool) -> None:
         self.bank = bank
         self.warped = warped
 
-    def __call__(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        assert self.bank is not None
+        found = {"maps": self.bank.values, "ids": batch.ids}
         if self.warped:
-            return warp_maps(batch.maps, batch.affines), None
-        return mirror(batch.maps, batch.boxes, batch.flips)
+            return found | {"affines": batch.affines}
+        return found | {"boxes": batch.boxes, "flips": batch.flips}
 
     def describe(self) -> str:
         assert self.bank is not None
@@ -68,44 +70,15 @@ class OnlineEvidence(Evidence):
         self.size = size
         self.name = name
 
-    def __call__(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    def __call__(self, batch: Batch) -> dict[str, Any]:
         images = batch.images
         if images.shape[-1] != self.size:
             images = F.interpolate(images.float(), (self.size, self.size), mode="bicubic", antialias=True)
             images = images.round_().clamp_(0, 255).to(torch.uint8)
-        return self.teacher(images, batch.labels), None
+        return {"maps": self.teacher(images, batch.labels)}
 
     def describe(self) -> str:
         return f"activation maps of {self.name}, run along on every crop"
-
-
-def mirror(maps: Tensor, boxes: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps and boxes as seen by crops of which some are flipped from left to right.
-
-    Args:
-        maps: [B, h, w] of the source images. boxes: [B, 4] relative x0, y0, x1, y1. flips: [B] bool.
-    """
-    x0, y0, x1, y1 = boxes.unbind(1)
-    mirrored = torch.stack([1 - x1, y0, 1 - x0, y1], 1)
-    return torch.where(flips[:, None, None], maps.flip(-1), maps), torch.where(flips[:, None], mirrored, boxes)
-
-
-def warp_maps(maps: Tensor, affines: Tensor) -> Tensor:
-    """The maps as the crops show them, when crops are also rotated, sheared or shifted.
-
-    Args:
-        maps: [B, h, w] of the source images.
-        affines: [B, 2, 3], from relative positions in the crop to relative positions in the source.
-
-    Returns:
-        [B, h, w], bilinear; what lies outside the source is zero.
-    """
-    # grid_sample counts from -1 to 1: X = 2x - 1 turns x' = ax + by + c into X' = aX + bY + (a + b + 2c - 1).
-    offset = affines[..., 0] + affines[..., 1] + 2 * affines[..., 2] - 1
-    theta = torch.cat([affines[..., :2], offset[..., None]], -1)
-    grid = F.affine_grid(theta, [len(maps), 1, *maps.shape[1:]], align_corners=False)
-    sampled = F.grid_sample(maps[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
-    return sampled * (grid.abs() <= 1).all(-1)
 
 
 def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, rank: int) -> Evidence:
@@ -120,9 +93,7 @@ def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, ra
     if args.mixer in ("none", "mixup") or args.maps == "area" or (args.maps is None and name is None):
         return Evidence()
     if args.maps is not None:
-        bank = MapBank.open(args.maps)
-        bank.check(count=len(data.train), labels=data.labels, digest=data.digest)
-        return BankEvidence(bank, warped)
+        return open_bank(Path(args.maps), data, device, warped)
     assert name is not None
     # The first process makes maps and probe, the others find them in the cache.
     evidence = None
@@ -131,6 +102,17 @@ def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, ra
     if dist.is_initialized():
         dist.barrier()
     return evidence or _teacher_evidence(args, name, data, device, warped)
+
+
+def open_bank(path: Path, data: Data, device: torch.device, warped: bool) -> BankEvidence:
+    """The bank of this data's maps, its bytes on a GPU where there is one.
+
+    Raises:
+        ValueError: it is a bank of another data set, or no whole bank at all.
+    """
+    bank = MapBank.open(path, device=device if device.type == "cuda" else None)
+    bank.check(count=len(data.train), labels=data.labels, digest=data.digest)
+    return BankEvidence(bank, warped)
 
 
 class Teacher(NamedTuple):
@@ -145,13 +127,12 @@ class Teacher(NamedTuple):
 def _teacher_evidence(args: argparse.Namespace, name: str, data: Data, device: torch.device, warped: bool) -> Evidence:
     loaded, path = _load(args, name, data)
     if path.is_file() and not args.online:
-        bank = MapBank.open(path)
-        bank.check(count=len(data.train), labels=data.labels, digest=data.digest)
-        return BankEvidence(bank, warped)
+        return open_bank(path, data, device, warped)
     teacher = _fit(args, data, device, loaded, path)
     if args.online:
         return OnlineEvidence(teacher.maps, teacher.size, teacher.title)
-    return BankEvidence(build_bank(teacher, data, device, args.num_workers), warped)
+    build_bank(teacher, data, device, args.num_workers)
+    return open_bank(path, data, device, warped)
 
 
 def make_teacher(args: argparse.Namespace, data: Data, device: torch.device) -> Teacher:
