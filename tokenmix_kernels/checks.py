@@ -284,15 +284,20 @@ def check_out(images: Tensor, out: Tensor, dtype: torch.dtype, settings: Setting
     without_grad("out", out)
     if has_overlap(out):
         raise ValueError("out must not be an expanded tensor: its elements overlap in memory")
-    if out is images or (out.data_ptr() == images.data_ptr() and out.stride() == images.stride()):
+    if is_same(out, images):
         if settings.mean:
             raise ValueError("out must not be images where mean and std are given: only what moves is touched in place")
         return
-    if out.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
+    if in_memory(images) and out.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
         first, last = span(images)
         out_first, out_last = span(out)
         if out_first < last and first < out_last:
             raise ValueError("out must be images itself or not overlap with it in memory")
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same elements; while tracing, whether they are one tensor."""
+    return one is other or (in_memory(one) and one.data_ptr() == other.data_ptr() and one.stride() == other.stride())
 
 
 def has_overlap(tensor: Tensor) -> bool:
@@ -328,3 +333,8 @@ def same_device(name: str, tensor: Tensor, other: Tensor) -> None:
 def readable(tensor: Tensor) -> bool:
     """Whether values can be looked at without waiting for a device, and are there at all (not while tracing)."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def in_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has an address (not while tracing, nor on the meta device)."""
+    return type(tensor) is Tensor and not tensor.is_meta and not torch.compiler.is_compiling()

@@ -6,7 +6,6 @@ The method is that of Liu et al., "TokenMix: Rethinking Image Mixing for Data Au
 """
 
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -335,7 +334,6 @@ def pool_targets(
     return ops.pool_targets(values, indices, labels, mask, boxes, partner, "xyxy", ids, flips, affines)
 
 
-@cache
 def crop_format(crop_axes: str) -> str:
     """The box format of a packed label-map batch."""
     checks.one_of("crop_axes", crop_axes, ("right", "published"))
@@ -446,7 +444,7 @@ def run(
     in_place = False
     if out is not None:
         checks.check_out(images, out, dtype, settings)
-        in_place = out is images or out.data_ptr() == images.data_ptr()
+        in_place = checks.is_same(out, images)
     if partner is not None:
         checks.check_partner(partner, batch, images, in_place)
     module = backend_of(backend, images)

@@ -1,0 +1,254 @@
+"""The operators as PyTorch sees them: opcheck, tracing, torch.compile, autograd."""
+
+import shutil
+
+import pytest
+import torch
+from mix_helpers import bits_equal, random_boxes, random_images
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tokenmix_kernels import TokenMix, TopKMaps, pool_targets, token_mask, tokenmix
+from tokenmix_kernels.settings import Settings
+
+OPS = torch.ops.tokenmix_kernels
+SETTINGS = Settings(num_classes=5, patch_size=8, mode="elem", minimum_tokens=2)
+INDUCTOR = pytest.param(
+    "inductor",
+    marks=pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler for the CPU"),
+)
+BACKENDS = ["aot_eager", INDUCTOR]
+
+
+def inputs(batch=4, form="none", dtype=torch.float32, layout="contiguous", given=False, partner=False):
+    """Images and the tensors that all three mixing operators take after them."""
+    images = random_images((batch, 3, 32, 48), dtype, layout)
+    source = torch.Generator().manual_seed(1)
+    maps = indices = boxes = None
+    if form == "own":
+        maps, boxes = torch.rand(batch, 6, 7, generator=source), random_boxes(batch)
+    elif form == "all":
+        maps = torch.rand(batch, 5, 6, 7, generator=source)
+    elif form == "topk":
+        maps, boxes = torch.rand(batch, 2, 6, 7, generator=source), random_boxes(batch)
+        indices = torch.randint(0, 5, (batch, 2, 6, 7), generator=source)
+    mask = torch.rand(batch, 4, 6, generator=source) < 0.5 if given else None
+    partners = torch.arange(batch).roll(1) if partner else None
+    labels = torch.randint(0, 5, (batch,), generator=source)
+    return images, (labels, partners, maps, indices, boxes, mask, torch.tensor(3), 0)
+
+
+VARIANTS = {
+    "plain": ({}, {}),
+    "one image": ({"batch": 1}, {}),
+    "own maps, any partner": ({"form": "own", "partner": True}, {}),
+    "all maps": ({"form": "all"}, {"mask_type": "random", "mode": "pair"}),
+    "top-k maps": ({"form": "topk"}, {"lam": -1.0}),
+    "given mask": ({"given": True}, {"mask_type": "given"}),
+    "half, channels_last, all branches": (
+        {"dtype": torch.float16, "layout": "channels_last"},
+        {"mixup_alpha": 0.8, "switch_prob": 0.5, "prob": 0.9, "mask_type": "cutmix", "lam": -1.0},
+    ),
+    "strided": ({"layout": "spatial_slice"}, {"mode": "batch"}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_opcheck_mix(variant):
+    made, settings = VARIANTS[variant]
+    images, rest = inputs(**made)
+    torch.library.opcheck(OPS.mix, (images, *rest, images.dtype, *SETTINGS._replace(**settings)))
+
+
+def test_opcheck_mix_normalises_bytes():
+    images, rest = inputs(dtype=torch.uint8)
+    settings = SETTINGS._replace(mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0))
+    torch.library.opcheck(OPS.mix, (images, *rest, torch.float16, *settings))
+
+
+def test_opcheck_mix_places():
+    images, rest = inputs(form="own")
+    labels, partner, _, _, boxes, *others = rest
+    maps = torch.randint(0, 256, (20, 6, 7), dtype=torch.uint8)
+    ids, flips = torch.tensor([3, 19, 0, 3]), torch.tensor([True, False, False, True])
+    affines = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).repeat(4, 1, 1)
+    head = (images, labels, partner, maps, None)
+    torch.library.opcheck(OPS.mix, (*head, boxes, *others, images.dtype, *SETTINGS, ids, flips, None))
+    torch.library.opcheck(OPS.mix, (*head, None, *others, images.dtype, *SETTINGS, ids, None, affines))
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "strided"])
+def test_opcheck_mix_out(variant):
+    made, settings = VARIANTS[variant]
+    images, rest = inputs(**made)
+    torch.library.opcheck(OPS.mix_out, (images, torch.empty_like(images), *rest, *SETTINGS._replace(**settings)))
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "partner" not in name and name != "strided"])
+def test_opcheck_mix_in_place(variant):
+    made, settings = VARIANTS[variant]
+    images, rest = inputs(**made)
+    torch.library.opcheck(OPS.mix_, (images, *rest, *SETTINGS._replace(**settings)))
+
+
+@pytest.mark.parametrize("mask_type", ["block", "random", "cutmix"])
+@pytest.mark.parametrize("batch", [1, 6])
+def test_opcheck_token_mask(mask_type, batch):
+    torch.library.opcheck(OPS.token_mask, (torch.tensor(1), 7, batch, 5, 9, *SETTINGS._replace(mask_type=mask_type)))
+
+
+@pytest.mark.parametrize("form", ["own", "all", "topk"])
+def test_opcheck_pool_targets(form):
+    _, (labels, _, maps, indices, boxes, *_) = inputs(form=form)
+    mask = torch.rand(4, 3, 5) < 0.5
+    torch.library.opcheck(OPS.pool_targets, (maps, indices, labels, mask, boxes, None, "xyxy"))
+    torch.library.opcheck(OPS.pool_targets, (maps, indices, labels, mask, boxes, torch.tensor([1, 1, 0, 3]), "xyxy"))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_fake_tensors_have_the_real_shapes(layout):
+    images, _ = inputs(layout=layout, dtype=torch.uint8)
+    options = {"num_classes": 5, "patch_size": 8, "mean": [0, 0, 0], "std": [1, 1, 1], "out_dtype": torch.bfloat16}
+    real = tokenmix(images, torch.arange(4), **options, seed=1)
+    with FakeTensorMode() as mode:
+        fake = tokenmix(mode.from_tensor(images), mode.from_tensor(torch.arange(4)), **options, seed=1)
+    for one, other in zip(real, fake, strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+    with FakeTensorMode():
+        assert token_mask(3, (4, 6), seed=1).shape == (3, 4, 6)
+        weights = pool_targets(torch.rand(2, 4, 4), torch.arange(2), torch.zeros(2, 3, 3, dtype=torch.bool))
+        assert weights.shape == (2, 2) and weights.dtype == torch.float32
+
+
+def test_it_runs_on_the_meta_device():
+    images = torch.empty(4, 3, 32, 32, device="meta")
+    mixed = tokenmix(images, torch.empty(4, dtype=torch.int64, device="meta"), num_classes=9, patch_size=8)
+    assert mixed.images.shape == (4, 3, 32, 32) and mixed.images.is_meta
+    place = torch.empty(4, 3, 32, 32, device="meta")
+    assert tokenmix(images, mixed.weights[:, 0].long(), num_classes=9, patch_size=8, out=place).images is place
+    assert mixed.targets.shape == (4, 9) and mixed.mask.shape == (4, 4, 4) and mixed.weights.shape == (4, 2)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_whole_with_changing_batches(backend, dynamic, fresh_dynamo):
+    mix = TokenMix(num_classes=5, patch_size=8, mode="elem", prob=0.9)
+    graphs = CompileCounterWithBackend(backend)
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend=graphs)
+    def step(images, labels, seed):
+        out, targets = mix(images * 2, labels, seed=seed)
+        return out.mean(1), targets.sum()
+
+    for number, batch in enumerate((4, 6, 3, 7, 4)):
+        images, (labels, *_) = inputs(batch)
+        seed = torch.tensor(number)
+        out, targets = step(images, labels, seed)
+        expected, expected_targets = mix(images * 2, labels, seed=seed)
+        torch.testing.assert_close(out, expected.mean(1))
+        torch.testing.assert_close(targets, expected_targets.sum())
+    assert graphs.frame_count <= 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["own", "all", "topk"])
+def test_compiled_equals_eager_with_maps(backend, form, fresh_dynamo):
+    @torch.compile(fullgraph=True, backend=backend)
+    def step(images, labels, values, indices, boxes, seed):
+        maps = values if indices is None else TopKMaps(values, indices)
+        return tokenmix(images, labels, maps=maps, boxes=boxes, num_classes=5, patch_size=8, mode="pair", seed=seed)
+
+    for batch in (4, 5):
+        images, (labels, _, values, indices, boxes, *_) = inputs(batch, form)
+        maps = values if indices is None else TopKMaps(values, indices)
+        seed = torch.tensor(8)
+        got = step(images, labels, values, indices, boxes, seed)
+        expected = tokenmix(images, labels, maps=maps, boxes=boxes, num_classes=5, patch_size=8, mode="pair", seed=seed)
+        assert bits_equal(got.images, expected.images)
+        assert torch.equal(got.mask, expected.mask)
+        assert torch.equal(got.weights, expected.weights)
+        assert torch.equal(got.targets, expected.targets)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_seed_every_call_draws_afresh(backend, fresh_dynamo):
+    @torch.compile(fullgraph=True, backend=backend)
+    def step(images, labels):
+        return tokenmix(images, labels, num_classes=5, patch_size=8, mode="elem").mask
+
+    images, (labels, *_) = inputs(8)
+    torch.manual_seed(0)
+    masks = torch.stack([step(images, labels) for _ in range(4)])
+    assert len(torch.unique(masks, dim=0)) == 4
+    torch.manual_seed(0)
+    assert torch.equal(step(images, labels), masks[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_in_place_and_into_out(backend, fresh_dynamo):
+    options = {"num_classes": 5, "patch_size": 8, "mode": "elem"}
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def inside(images, labels, seed):
+        return tokenmix(images, labels, out=images, seed=seed, **options).targets
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def into(images, labels, out, seed):
+        return tokenmix(images, labels, out=out, seed=seed, **options).targets
+
+    for batch in (4, 5):
+        images, (labels, *_) = inputs(batch)
+        seed = torch.tensor(2)
+        expected = tokenmix(images, labels, seed=seed, **options)
+        out = torch.full_like(images, float("nan"))
+        assert torch.equal(into(images, labels, out, seed), expected.targets)
+        assert bits_equal(out, expected.images)
+        place = images.clone()
+        assert torch.equal(inside(place, labels, seed), expected.targets)
+        assert bits_equal(place, expected.images)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_parts(backend, fresh_dynamo):
+    @torch.compile(fullgraph=True, backend=backend)
+    def weights(maps, labels, seed):
+        mask = token_mask(maps.shape[0], (4, 6), seed=seed)
+        return mask, pool_targets(maps, labels, mask)
+
+    for batch in (3, 4, 6):
+        maps, seed = torch.rand(batch, 5, 5, generator=torch.Generator().manual_seed(1)), torch.tensor(4)
+        mask, pooled = weights(maps, torch.arange(batch), seed)
+        assert torch.equal(mask, token_mask(batch, (4, 6), seed=4))
+        assert torch.equal(pooled, pool_targets(maps, torch.arange(batch), mask))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_images_that_require_grad_are_refused(compiled, fresh_dynamo):
+    images, (labels, *_) = inputs()
+    images.requires_grad_()
+
+    def mixed(images, labels):
+        return tokenmix(images, labels, num_classes=5, patch_size=8, seed=1)
+
+    step = torch.compile(mixed, backend="aot_eager") if compiled else mixed
+    with pytest.raises(ValueError, match="images must not require grad"):
+        step(images, labels)
+    with torch.no_grad():
+        assert not mixed(images, labels).images.requires_grad
+    assert not mixed(images.detach(), labels).images.requires_grad
+
+
+def test_a_model_behind_the_mix_trains():
+    images, (labels, *_) = inputs()
+    model = torch.nn.Linear(3 * 32 * 48, 5)
+    out, targets = TokenMix(num_classes=5, patch_size=8)(images, labels, seed=1)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(model(out.flatten(1)), targets)
+    loss.backward()
+    assert model.weight.grad.abs().sum() > 0
