@@ -1,0 +1,170 @@
+"""Print a result file as the README's Markdown table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_arguments", "main", "markdown", "table"]
+
+
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; the first column is text, the others numbers."""
+    columns = list(columns)
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(record: dict[str, Any]) -> str:
+    """Where the figures come from, in one line."""
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"`{record['command']}`, {where}; {versions}."
+
+
+def cpu_table(record: dict[str, Any]) -> str:
+    rows = []
+    for row in record["rows"]:
+        name = row["implementation"]
+        if "wrong" in row:
+            rows.append([name, "not timed: " + row["wrong"], "", "", ""])
+            continue
+        extra = row.get("extra_memory")
+        rows.append(
+            [
+                name,
+                row["text"],
+                f"{row['ms_p50']:.1f}",
+                f"{row['ratio_p50']:.2f} ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})",
+                "" if extra is None else f"{extra:.2f}",
+            ]
+        )
+    case = record["case"]
+    head = f"B = {case['batch']}, {case['channels']}x{case['height']}x{case['width']} {case['dtype']}"
+    columns = ("", "call", "ms", "time / `clone()` (20 to 80 %)", "extra memory / input")
+    return f"{head}, medians of {record['rounds']} interleaved rounds.\n\n" + markdown(columns, rows)
+
+
+def against(value: float, bar: float | None, text: str) -> str:
+    """A figure with its bar, where it has one, and whether it holds."""
+    if bar is None:
+        return text
+    return f"{text} {'≤' if value <= bar else '>'} {bar:,g}{'' if value <= bar else ' **fail**'}"
+
+
+def count_table(record: dict[str, Any]) -> str:
+    rows = []
+    for row in record["rows"]:
+        bars = row["bars"]
+        narrowest = min(row["load_bytes_per_thread"] + row["store_bytes_per_thread"])
+        held = narrowest >= bars["access"]
+        traffic = round(row["traffic_ratio"], 3)
+        good = row["images_and_masks_equal"] and row["target_error"] <= 1e-6 and not row["races"]
+        rows.append([
+            row["case"],
+            str(row["sm"]),
+            str(row["samples"]),
+            against(row["registers"], bars["registers"], str(row["registers"])),
+            str(row["spills"]) if row["spills"] == 0 else f"{row['spills']} **fail**",
+            f"{row['shared_bytes']:,}",
+            f"{narrowest} {'≥' if held else '<'} {bars['access']}{'' if held else ' **fail**'}",
+            against(traffic, bars["traffic_ratio"], f"{traffic:.3f} of {row['traffic']}"),
+            against(row["longest_warp_mean"], bars.get("longest_warp_mean"), f"{row['longest_warp_mean']:,.0f}"),
+            f"{row['longest_warp_p95']:,.0f} / {row['longest_warp_max']:,}",
+            against(
+                row["warp_instructions_per_image"], bars.get("warp_instructions_per_image"),
+                f"{row['warp_instructions_per_image']:,.0f}",
+            ),
+            "yes" if good else "**no**",
+        ])  # fmt: skip
+    columns = (
+        "case", "sm", "masks", "registers", "spills", "shared bytes", "bytes per thread", "unique sectors",
+        "longest warp, mean", "p95 / max", "warp instructions per image", "equal, no race",
+    )  # fmt: skip
+    text = markdown(columns, rows)
+    by_classes = []
+    for row in record["by_classes"]:
+        pixels, targets = row["of_pixels"], row["of_targets"]
+        start = next(one for one in record["by_classes"] if one["sm"] == row["sm"])
+        more = row["classes"] - start["classes"]
+        per_class = (targets - start["of_targets"]) / more if more else None
+        by_classes.append([
+            f"{row['classes']:,}", str(row["sm"]), f"{pixels:,.0f}", f"{targets:,.0f}",
+            "" if per_class is None else f"{per_class:.3f}", f"{row['longest_warp_mean']:,.0f}",
+        ])  # fmt: skip
+    heads = ("K", "sm", "pixel programs", "target programs", "instructions per further class", "longest warp, mean")
+    return (
+        "Counted, not timed; warp instructions are PTX instructions of one warp.\n\n"
+        f"{text}\n\nAgainst the number of classes (fp16, warp instructions per image):\n\n"
+        f"{markdown(heads, by_classes)}"
+    )
+
+
+def host_table(record: dict[str, Any]) -> str:
+    rows = [
+        [row["path"], f"{row['us_p50']:.1f}", against(row["ratio"], row.get("bar"), f"{row['ratio']:.2f}")]
+        for row in record["rows"]
+    ]
+    head = f"Time of the host alone; the bare launch has {record['arguments']} arguments.\n\n"
+    return head + markdown(("path", "µs", "/ bare launch"), rows)
+
+
+def growth_table(record: dict[str, Any]) -> str:
+    rows = [
+        [curve["against"], f"{point['at']:,}", f"{point['ms']:.2f}", f"{point['predicted_ms']:.2f}",
+         f"{point['ms'] / point['predicted_ms']:.2f}"]
+        for curve in record["curves"]
+        for point in curve["points"]
+    ]  # fmt: skip
+    return markdown(("against", "at", "ms", "predicted", "ratio"), rows)
+
+
+def gpu_table(record: dict[str, Any]) -> str:
+    rows = []
+    for row in record["rows"]:
+        if "wrong" in row:
+            rows.append([row["case"], row["implementation"], "not timed: " + row["wrong"], "", "", ""])
+            continue
+        kernel = row.get("kernel_us_p50")
+        rows.append(
+            [
+                row["case"],
+                row["implementation"],
+                "" if kernel is None else f"{kernel:.1f} ({row['kernel_us_p20']:.1f} to {row['kernel_us_p80']:.1f})",
+                f"{row['cold_us_p50']:.1f} ({row['cold_us_p20']:.1f} to {row['cold_us_p80']:.1f})",
+                f"{row['call_us_p50']:.1f}",
+                "" if row.get("share_of_copy") is None else f"{row['share_of_copy']:.2f}",
+            ]
+        )
+    columns = ("case", "", "kernel µs", "cold L2 µs", "call on the host µs", "share of the copy's bandwidth")
+    return markdown(columns, rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cpu": cpu_table,
+    "counts": count_table,
+    "host": host_table,
+    "growth": growth_table,
+    "gpu": gpu_table,
+}
+
+
+def table(record: dict[str, Any]) -> str:
+    """A record as Markdown, with its source below."""
+    kind = record.get("kind")
+    if kind not in TABLES:
+        raise SystemExit(f"a result file's kind must be one of {', '.join(TABLES)}, got {kind!r}")
+    return f"{TABLES[kind](record)}\n\n{source(record)}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, nargs="+", help="result files of this benchmark")
+
+
+def main(asked: argparse.Namespace) -> None:
+    for path in asked.file:
+        print(table(json.loads(path.read_text())), end="\n\n")
