@@ -311,3 +311,14 @@ def test_without_maps_weights_are_exactly_what_was_masked():
     assert tokens.min() < 112  # some end early
     torch.testing.assert_close(mixed.weights[:, 1].double(), tokens / 196, atol=1e-7, rtol=0)
     torch.testing.assert_close(mixed.weights.sum(1), torch.ones(200), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("into", LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_out_may_lie_in_memory_in_another_way(layout, into, dtype):
+    images, out = random_images((5, 3, 32, 48), dtype, layout), random_images((5, 3, 32, 48), dtype, into, seed=1)
+    options = {"num_classes": 5, "patch_size": 8, "mode": "elem", "seed": 3}
+    expected = tokenmix(images, torch.arange(5), **options)
+    assert tokenmix(images, torch.arange(5), out=out, **options).images is out
+    assert bits_equal(out, expected.images)

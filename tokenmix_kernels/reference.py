@@ -236,7 +236,8 @@ def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settin
     batch = len(images)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (settings.mean, settings.std))
     rows = token_rows(images, settings.patch_size)
-    same = images.dtype == out.dtype and not settings.mean
+    # Rows of `out` are rows of `images` only where both lie in memory alike.
+    same = images.dtype == out.dtype and not settings.mean and images.is_contiguous() == out.is_contiguous()
     direct = token_rows(out, settings.patch_size) if same else None
     step = max(1, batch // 8) if direct is not None else max(1, batch // 32)
     simple = [RANDOM if kind in (COPY, BLOCK, GIVEN) else kind for kind in drawn.kind]

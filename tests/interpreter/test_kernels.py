@@ -242,3 +242,19 @@ def test_parts(mask_type):
 def test_target_rows_of_any_width(classes, poisoned):
     labels = torch.tensor([0, classes - 1, 1, 0, 0])
     assert_same(*both(random_images((5, 1, 16, 16)), labels, num_classes=classes, mode="elem", patch_size=4))
+
+
+@pytest.mark.parametrize(
+    "into", ["contiguous", "channels_last", "batch_slice", "spatial_slice", "transposed", "offset"]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("draw", ["block", "cutmix"])
+def test_out_may_lie_in_memory_in_another_way(draw, layout, into, poisoned):
+    images = random_images((3, 3, 32, 48), torch.float16, layout)
+    out = random_images((3, 3, 32, 48), torch.float16, into, seed=1)
+    expected, got = both(images, labels_of(3), **DRAWS[draw])
+    options = {"num_classes": CLASSES, "patch_size": 8, "minimum_tokens": 2, "seed": 11, **DRAWS[draw]}
+    other = tokenmix(images, labels_of(3), backend="triton", out=out, **options)
+    assert other.images is out
+    assert_same(expected, other)
+    assert_same(expected, got)
