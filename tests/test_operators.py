@@ -66,15 +66,18 @@ def test_opcheck_mix_normalises_bytes():
     torch.library.opcheck(OPS.mix, (images, *rest, torch.float16, *settings))
 
 
-def test_opcheck_mix_places():
+@pytest.mark.parametrize("operator", ["mix", "mix_out", "mix_"])
+def test_opcheck_places(operator):
     images, rest = inputs(form="own")
     labels, partner, _, _, boxes, *others = rest
     maps = torch.randint(0, 256, (20, 6, 7), dtype=torch.uint8)
     ids, flips = torch.tensor([3, 19, 0, 3]), torch.tensor([True, False, False, True])
     affines = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).repeat(4, 1, 1)
-    head = (images, labels, partner, maps, None)
-    torch.library.opcheck(OPS.mix, (*head, boxes, *others, images.dtype, *SETTINGS, ids, flips, None))
-    torch.library.opcheck(OPS.mix, (*head, None, *others, images.dtype, *SETTINGS, ids, None, affines))
+    out = (torch.empty_like(images),) if operator == "mix_out" else ()
+    head = (images, *out, labels, partner, maps, None)
+    tail = (images.dtype, *SETTINGS) if operator == "mix" else SETTINGS
+    torch.library.opcheck(getattr(OPS, operator), (*head, boxes, *others, *tail, ids, flips, None))
+    torch.library.opcheck(getattr(OPS, operator), (*head, None, *others, *tail, ids, None, affines))
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "strided"])
@@ -102,7 +105,38 @@ def test_opcheck_pool_targets(form):
     _, (labels, _, maps, indices, boxes, *_) = inputs(form=form)
     mask = torch.rand(4, 3, 5) < 0.5
     torch.library.opcheck(OPS.pool_targets, (maps, indices, labels, mask, boxes, None, "xyxy"))
-    torch.library.opcheck(OPS.pool_targets, (maps, indices, labels, mask, boxes, torch.tensor([1, 1, 0, 3]), "xyxy"))
+    head = (maps, indices, labels, mask)
+    torch.library.opcheck(OPS.pool_targets, (*head, boxes, torch.tensor([1, 1, 0, 3]), "xyxy"))
+    ids, affines = torch.tensor([3, 0, 0, 1]), torch.eye(2, 3).repeat(4, 1, 1)
+    torch.library.opcheck(OPS.pool_targets, (*head, boxes, None, "xyxy", ids, torch.tensor([True, False] * 2), None))
+    torch.library.opcheck(OPS.pool_targets, (*head, None, None, "xyxy", ids, None, affines))
+
+
+@pytest.mark.parametrize("form", ["none", "own", "all", "topk"])
+@pytest.mark.parametrize("operator", ["mix", "mix_out", "mix_"])
+def test_labels_out_of_range_add_nothing(operator, form):
+    """The public functions refuse them on a CPU; an operator that is called directly must not touch other memory."""
+    images, (_, partner, *rest) = inputs(form=form)
+    bad = torch.tensor([5, -1, 2**40, -(2**40)])
+    good = torch.tensor([0, 1, 2, 3])
+
+    def run(labels):
+        given = images.clone()
+        out = (torch.empty_like(given),) if operator == "mix_out" else ()
+        tail = (given.dtype, *SETTINGS) if operator == "mix" else SETTINGS
+        results = getattr(OPS, operator)(given, *out, labels, partner, *rest, *tail)
+        mixed = {"mix": results[0], "mix_out": out[0] if out else None, "mix_": given}[operator]
+        return mixed, *results[-3:]
+
+    mixed, targets, mask, weights = run(bad)
+    expected, _, expected_mask, expected_weights = run(good)
+    assert bits_equal(mixed, expected) and torch.equal(mask, expected_mask)
+    assert torch.equal(targets, torch.full((4, 5), 0.1 / 5))
+    if form in ("all", "topk"):  # no evidence for such a label: shares of the area
+        area = mask.float().mean((1, 2))
+        torch.testing.assert_close(weights, torch.stack([1 - area, area], 1), atol=1e-6, rtol=0)
+    else:
+        assert torch.equal(weights, expected_weights)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
