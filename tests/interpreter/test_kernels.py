@@ -247,14 +247,13 @@ def test_target_rows_of_any_width(classes, poisoned):
 @pytest.mark.parametrize(
     "into", ["contiguous", "channels_last", "batch_slice", "spatial_slice", "transposed", "offset"]
 )
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("draw", ["block", "cutmix"])
+@pytest.mark.parametrize(
+    ("layout", "draw"), [("contiguous", "block"), ("channels_last", "block"), ("contiguous", "cutmix")]
+)
 def test_out_may_lie_in_memory_in_another_way(draw, layout, into, poisoned):
-    images = random_images((3, 3, 32, 48), torch.float16, layout)
-    out = random_images((3, 3, 32, 48), torch.float16, into, seed=1)
-    expected, got = both(images, labels_of(3), **DRAWS[draw])
+    images = random_images((2, 3, 16, 24), torch.float16, layout)
+    out = random_images((2, 3, 16, 24), torch.float16, into, seed=1)
     options = {"num_classes": CLASSES, "patch_size": 8, "minimum_tokens": 2, "seed": 11, **DRAWS[draw]}
-    other = tokenmix(images, labels_of(3), backend="triton", out=out, **options)
-    assert other.images is out
-    assert_same(expected, other)
-    assert_same(expected, got)
+    got = tokenmix(images, labels_of(2), backend="triton", out=out, **options)
+    assert got.images is out
+    assert_same(tokenmix(images, labels_of(2), backend="reference", **options), got)
