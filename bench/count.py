@@ -124,7 +124,8 @@ def prepare(case: Case, offset: int, classes: int, batch: int = CHUNK) -> Launch
 
 def difference(launch: Launch, in_place: bool) -> tuple[bool, float]:
     """Whether images and masks equal the reference's bit for bit, and how far targets and weights are off at most."""
-    labels, *rest = *launch.inputs, launch.settings
+    labels = launch.inputs[0]
+    rest: list[Any] = [*launch.inputs[1:], launch.settings]
     if in_place:
         images = launch.before.clone(memory_format=torch.preserve_format)
         targets, mask, weights = reference.mix_inplace(images, labels, *rest)

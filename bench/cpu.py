@@ -95,7 +95,9 @@ def extra_memory(case: Case, implementation: Implementation, threads: int) -> fl
     """Peak memory of one call beside its output, as a share of the input; None where it could not be measured."""
     if not Path("/proc/self/statm").exists():
         return None
-    context = multiprocessing.get_context("spawn")
+    # A server that has imported everything once and run nothing: forks of it are quick, and clean of threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.cpu", "torch._inductor.compile_fx"])
     answer = context.SimpleQueue()
     process = context.Process(target=peak_of, args=(case, implementation.name, threads, answer))
     process.start()

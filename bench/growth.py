@@ -1,0 +1,133 @@
+"""Time one call on the CPU against batch, image size, grid and number of classes, beside what is predicted."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .machine import describe, write_json
+from .registry import Case, make_inputs, ours
+
+__all__ = ["CURVES", "add_arguments", "curve", "main"]
+
+BASE = Case("growth", batch=32)
+
+# What is varied, the case at each place, and the unit in which time is predicted to grow: the number of bytes that
+# move, or nothing at all. A call has a constant part besides.
+CURVES: dict[str, tuple[dict[int, Case], Callable[[Case], float]]] = {
+    "batch": (
+        {batch: BASE._replace(batch=batch) for batch in (1, 4, 16, 64, 256, 1024)},
+        lambda case: float(case.batch),
+    ),
+    "image size": (
+        {side: BASE._replace(height=side, width=side) for side in (32, 64, 128, 224, 384, 512)},
+        lambda case: float(case.height * case.width),
+    ),
+    "tokens a side (256 pixels)": (
+        {side: BASE._replace(height=256, width=256, patch_size=256 // side) for side in (4, 8, 16, 32, 64)},
+        lambda case: 0.0,
+    ),
+    "classes": (
+        {classes: BASE._replace(num_classes=classes) for classes in (100, 1000, 10000, 21841)},
+        lambda case: float(case.num_classes),
+    ),
+}
+
+
+def median_ms(case: Case, budget: float) -> float:
+    """Median time of one eager call in milliseconds: as many calls as fit in `budget` seconds, five at least."""
+    inputs = make_inputs(case)
+    call = ours(case, inputs, inputs.images)
+    call()
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - started < budget and len(times) < 200):
+        begun = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begun)
+    return float(np.median(times)) * 1e3
+
+
+def predicted(units: list[float], times: list[float]) -> tuple[list[float], float, float]:
+    """The line a + b * unit that fits best in relative terms, and a, b; a flat line where the unit does not grow."""
+    y = np.array(times)
+    columns = np.stack([np.ones(len(units)), np.array(units)], 1)
+    if not columns[:, 1].any():
+        columns = columns[:, :1]
+    # Relative errors: without weights the largest place would decide alone. No part of a time is below nothing.
+    found = np.linalg.lstsq(columns / y[:, None], np.ones(len(y)), rcond=None)[0]
+    if found.min() < 0:
+        growing = columns[:, 1]
+        found = np.array([0.0, float((growing / y).sum() / ((growing / y) ** 2).sum())])
+    constant, slope = float(found[0]), float(found[1]) if len(found) > 1 else 0.0
+    return (columns @ found).tolist(), constant, slope
+
+
+def curve(name: str, budget: float) -> dict[str, Any]:
+    """Time one curve."""
+    cases, unit = CURVES[name]
+    times = [median_ms(case, budget) for case in tqdm(cases.values(), desc=name)]
+    units = [unit(case) for case in cases.values()]
+    line, constant, slope = predicted(units, times)
+    points = [
+        {"at": at, "unit": size, "ms": ms, "predicted_ms": guess}
+        for at, size, ms, guess in zip(cases, units, times, line, strict=True)
+    ]
+    shape = "flat" if not any(units) else "linear"
+    return {"against": name, "predicted": shape, "constant_ms": constant, "ms_per_unit": slope, "points": points}
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """One panel for each curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    for axes, one in zip(panels.flat, record["curves"], strict=True):
+        at = [point["at"] for point in one["points"]]
+        axes.plot(at, [point["ms"] for point in one["points"]], "o-", label="timed")
+        label = "flat" if one["predicted"] == "flat" else f"{one['constant_ms']:.2g} ms + linear part"
+        line = [point["predicted_ms"] for point in one["points"]]
+        axes.plot(at, line, "k--", linewidth=1, label=f"predicted: {label}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(at, [f"{value:,}" for value in at])
+        axes.minorticks_off()
+        axes.set_xlabel(one["against"])
+        axes.set_ylabel("ms a call")
+        axes.legend()
+    figure.suptitle(f"One eager call, {record['machine']['cpu']}, {record['machine']['threads']} threads")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"written to {path}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("bench/results/growth.json"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=1.5, help="about so long for each place on a curve")
+
+
+def main(asked: argparse.Namespace) -> None:
+    torch.set_num_threads(asked.threads)
+    started = time.perf_counter()
+    curves = [curve(name, asked.seconds) for name in CURVES]
+    record = {
+        "kind": "growth",
+        "command": "python -m bench growth",
+        "machine": describe(),
+        "base": {**BASE._asdict(), "dtype": str(BASE.dtype).removeprefix("torch.")},
+        "seconds": round(time.perf_counter() - started),
+        "curves": curves,
+    }
+    write_json(asked.out, record)
+    plot(record, asked.out.with_suffix(".png"))
