@@ -313,7 +313,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, help="result file (default: bench/results/CARD.json)")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder; files have the card's name")
     parser.add_argument(
         "--case", nargs="+", choices=[n for n in CASES if n.startswith("gpu")], help="these cases alone"
     )
@@ -329,7 +329,7 @@ def main(asked: argparse.Namespace) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     clock = real_clock(asked.milliseconds)
     started = time.perf_counter()
-    path = asked.out or Path("bench/results", f"{name_of(torch.cuda.get_device_name())}.json")
+    path = asked.out / f"{name_of(torch.cuda.get_device_name())}.json"
     chosen = [one for one in IMPLEMENTATIONS if one.name == "clone" or re.search(asked.filter, one.name)]
     names = asked.case or [name for name in CASES if name.startswith("gpu")]
     rows: list[dict[str, Any]] = []
