@@ -126,11 +126,24 @@ def fill(grid: tuple[int], named: dict[str, Any], wrong_rows: int | None = None)
     named["mask_out"].fill_(True)
 
 
+def test_a_call_that_a_graph_cannot_hold_keeps_its_other_figures() -> None:
+    def kernel(call: Callable[[], Any]) -> list[float]:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    clock = counted_clock([])[0]._replace(kernel=kernel)
+    (row,) = gpu.measure(TINY, (CLONE,), torch.device("cpu"), clock)
+    assert row["no_graph"] == "operation not permitted when stream is capturing"
+    assert row["cold_us_p50"] == 20.0
+    assert "kernel_us_p50" not in row
+
+
 def test_the_sweep_finds_the_fastest_cut_and_leaves_out_wrong_ones(capsys: pytest.CaptureFixture[str]) -> None:
     tried: list[dict[str, Any]] = []
 
     def launch(grid: tuple[int], named: dict[str, Any]) -> None:
         fill(grid, named, wrong_rows=2)
+        if named["num_warps"] == 2:
+            raise MemoryError("shared memory\nand more")
         tried.append(named)
 
     def kernel(call: Callable[[], Any]) -> list[float]:
@@ -143,7 +156,8 @@ def test_the_sweep_finds_the_fastest_cut_and_leaves_out_wrong_ones(capsys: pytes
     best = [row for row in rows if row.get("best")]
     assert [(row["ROWS"], row["num_warps"]) for row in best] == [(1, 8)]
     assert sum(row["now"] for row in rows) == 1
-    assert all(("wrong" in row) == (row["ROWS"] == 2) for row in rows if not row["now"])
+    assert all(("wrong" in row) == (row["ROWS"] == 2 or row["num_warps"] == 2) for row in rows if not row["now"])
+    assert {row["wrong"] for row in rows if row["num_warps"] == 2} == {"MemoryError: shared memory"}
     cuts = [(row["PROGRAMS"], row["num_warps"]) for row in rows]
     assert len(set(cuts)) == len(cuts)
     assert all(row["PROGRAMS"] == 2 + -(-4 // row["ROWS"]) for row in rows)
