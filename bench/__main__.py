@@ -24,7 +24,7 @@ def run_all(parser: argparse.ArgumentParser, folder: Path) -> None:
     if torch.cuda.is_available():
         # Most of the eight minutes are the GPU's.
         results["cpu"] += ["--seconds", "30"]
-        results = {"gpu": ["gpu", "--out", str(folder), "--sweep-seconds", "150"], **results}
+        results = {"gpu": ["gpu", "--out", str(folder / "gpu.json"), "--sweep-seconds", "150"], **results}
     else:
         print("no GPU: timed on the CPU alone")
     for arguments in results.values():

@@ -146,7 +146,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlim(0.2, float(middle.max()) * 2.5)
+    axes.set_xlim(0.2, float(middle.max()) * 5)
     axes.set_xlabel("time of a call / clone() of the same round (median, 20 to 80 %)")
     axes.set_title(f"B = {record['case']['batch']}, {record['machine']['threads']} threads, {record['machine']['cpu']}")
     figure.savefig(path, dpi=110)
