@@ -588,9 +588,11 @@ def own_map(
     if indices is not None:
         first_index = tl.multiple_of(n * indices_stride, MAP_VEC)
         values = tl.where(tl.load(indices + first_index + cell, real, 0).to(tl.int64) == label, values, 0)
-        for k in range(1, top_k):
+        k = tl.full([], 1, tl.int32)
+        while k < top_k:
             index = tl.load(indices + first_index + k * SIZE + cell, real, 0).to(tl.int64)
             values = tl.where(index == label, tl.load(maps + first + k * SIZE + cell, real, 0), values)
+            k += 1
     return values.to(tl.float32)
 
 
