@@ -14,6 +14,7 @@ COMMANDS = {
     "host": "time the host's part of a call, the launch stubbed out",
     "growth": "time a call on the CPU against batch, image size, grid and classes",
     "count": "count registers, memory accesses and instructions of the compiled kernel in a PTX simulator",
+    "growth_counts": "count against batch, image size, grid and classes in a PTX simulator",
     "table": "print result files as Markdown tables",
 }
 
@@ -24,7 +25,7 @@ def run_all(parser: argparse.ArgumentParser, folder: Path) -> None:
     if torch.cuda.is_available():
         # Most of the eight minutes are the GPU's.
         results["cpu"] += ["--seconds", "30"]
-        results = {"gpu": ["gpu", "--out", str(folder / "gpu.json"), "--sweep-seconds", "150"], **results}
+        results = {"gpu": ["gpu", "--out", str(folder), "--sweep-seconds", "150"], **results}
     else:
         print("no GPU: timed on the CPU alone")
     for arguments in results.values():

@@ -123,6 +123,21 @@ def growth_table(record: dict[str, Any]) -> str:
     return markdown(("against", "at", "ms", "predicted", "ratio"), rows)
 
 
+def growth_counts_table(record: dict[str, Any]) -> str:
+    rows = [
+        [curve["against"], str(curve["sm"]), f"{point['at']:,}", f"{point['instructions']:,.0f}",
+         f"{point['predicted_instructions']:,.0f}", f"{point['instructions'] / point['predicted_instructions']:.2f}",
+         f"{point['longest']:,.0f}", f"{point['sectors']:.2f}"]
+        for curve in record["curves"]
+        for point in curve["points"]
+    ]  # fmt: skip
+    columns = (
+        "against", "sm", "at", "warp instructions per image", "predicted", "ratio", "longest warp of a pair",
+        "sectors / copy",
+    )  # fmt: skip
+    return "Counted, not timed.\n\n" + markdown(columns, rows)
+
+
 def gpu_table(record: dict[str, Any]) -> str:
     rows = []
     for row in record["rows"]:
@@ -149,6 +164,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "counts": count_table,
     "host": host_table,
     "growth": growth_table,
+    "growth_counts": growth_counts_table,
     "gpu": gpu_table,
 }
 

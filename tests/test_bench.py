@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import count, cpu, gpu, growth, host
+from bench import count, cpu, gpu, growth, growth_counts, host
 from bench import table as tables
 from bench.__main__ import main as bench
 from bench.registry import CASES, IMPLEMENTATIONS, Case, Implementation, Inputs, Ready, make_inputs, ready
@@ -269,3 +270,41 @@ def test_a_line_is_found_through_what_grows() -> None:
     assert (constant, slope) == pytest.approx((3.0, 2.0))
     flat, constant, slope = growth.predicted([0.0, 0.0], [4.0, 4.0])
     assert (flat, constant, slope) == (pytest.approx([4.0, 4.0]), pytest.approx(4.0), 0.0)
+
+
+class Simulator:
+    """Stands for the PTX simulator: every program takes 10 instructions and moves a copy's sectors."""
+
+    def __init__(self) -> None:
+        self.ran: list[list[int]] = []
+
+    def compile_kernel(self, kernel: Any, named: dict[str, Any], **options: Any) -> Any:
+        assert set(options) == {"arch", "num_warps", "enable_fp_fusion"}
+        return None
+
+    def run(self, compiled: Any, grid: tuple[int], named: dict[str, Any], ctas: list[int], **options: Any) -> Any:
+        assert max(ctas) < grid[0]
+        self.ran.append(ctas)
+        images = len(ctas) // named["PROGRAMS"]
+        sectors = images * named["images"][0].numel() * 2 // 32
+        return SimpleNamespace(
+            total_warp_insts=10 * len(ctas), max_warp_insts=4,
+            buffers={
+                "images": {"read_sectors": sectors, "written_sectors": 0},
+                "out": {"read_sectors": 0, "written_sectors": sectors},
+                "targets": {"read_sectors": 0, "written_sectors": images},
+            },
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "images"), [(1, 1), (2, 2), (3, 3), (5, 3), (64, 4)])
+def test_counts_of_a_sample_are_those_of_an_image(batch: int, images: int) -> None:
+    simulator = Simulator()
+    found = growth_counts.count_case(simulator, TINY._replace(batch=batch), 90, pairs=2)
+    ran = [cta for ctas in simulator.ran for cta in ctas]
+    assert len(set(ran)) == len(ran)
+    assert len(ran) % images == 0
+    assert found["instructions"] == 10 * len(ran) / images
+    assert found["sectors"] == 1.0
+    assert found["bytes_written"] == 32.0
+    assert found["longest"] == 4.0
