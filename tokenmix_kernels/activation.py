@@ -179,8 +179,7 @@ class ActivationTeacher(nn.Module):
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.num_classes:
                 raise ValueError(
-                    f"labels must lie in [0, {self.num_classes}), the classes of the teacher; "
-                    f"found {low} to {high}"
+                    f"labels must lie in [0, {self.num_classes}), the classes of the teacher; found {low} to {high}"
                 )
         return labels.to(images.device, non_blocking=True)
 
@@ -347,8 +346,7 @@ def load_teacher(
             return timm.create_model(name, pretrained=True, **options).eval()
         except Exception as error:  # the hub client raises many kinds, none of which says what to do
             raise ValueError(
-                f"the pretrained weights of {name} could not be loaded ({error}); "
-                "give a checkpoint file as weights"
+                f"the pretrained weights of {name} could not be loaded ({error}); give a checkpoint file as weights"
             ) from error
     if not os.path.isfile(weights):
         raise FileNotFoundError(f"there is no weights file {weights}")

@@ -403,9 +403,7 @@ class MapBankWriter:
         if len(grid) != 2 or min(grid) < 1:
             raise ValueError(f"grid must be (h, w), both at least 1, not {tuple(grid)}")
         if given_labels.shape != (count,) or given_labels.dtype.kind not in "iu":
-            raise ValueError(
-                f"labels must be {count} integers, not {given_labels.dtype} {list(given_labels.shape)}"
-            )
+            raise ValueError(f"labels must be {count} integers, not {given_labels.dtype} {list(given_labels.shape)}")
         if sizes is not None and tuple(sizes.shape) != (count, 2):
             raise ValueError(f"sizes must be [{count}, 2] (height, width), not {list(sizes.shape)}")
         metadata = {
@@ -447,9 +445,7 @@ class MapBankWriter:
                         f"for is {metadata[key]!r}): delete it to start anew"
                     )
             if not np.array_equal(_map_section(partial, writer._layout["labels"]), given_labels):
-                raise ValueError(
-                    f"{partial} is the beginning of a bank with other labels: delete it to start anew"
-                )
+                raise ValueError(f"{partial} is the beginning of a bank with other labels: delete it to start anew")
         except BaseException:
             writer.close()
             raise
@@ -495,9 +491,7 @@ class MapBankWriter:
         if len(rows) and (rows.min() < 0 or rows.max() >= count):
             raise ValueError(f"ids must lie in [0, {count}); found {rows.min()} to {rows.max()}")
         if tuple(maps.shape) != (len(rows), *self.grid):
-            raise ValueError(
-                f"maps must be [{len(rows)}, {self.grid[0]}, {self.grid[1]}], not {list(maps.shape)}"
-            )
+            raise ValueError(f"maps must be [{len(rows)}, {self.grid[0]}, {self.grid[1]}], not {list(maps.shape)}")
         if sizes is not None and tuple(sizes.shape) != (len(rows), 2):
             raise ValueError(f"sizes must be [{len(rows)}, 2] (height, width), not {list(sizes.shape)}")
         content = maps.detach().to("cpu", torch.float32).numpy().reshape(len(rows), -1)

@@ -149,9 +149,7 @@ def _fill(
     labels = [label for _, label in dataset.samples]
     digest = folder_digest(dataset)
     if ranks.rank == 0:
-        writer = MapBankWriter.create(
-            out, len(labels), grid, labels, None, teacher, digest, save_every=args.save_every
-        )
+        writer = MapBankWriter.create(out, len(labels), grid, labels, None, teacher, digest, save_every=args.save_every)
         ranks.wait()
     else:
         ranks.wait()
@@ -472,12 +470,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", "cam", "tokens", "attention"],
         help="kind of map, see ActivationTeacher (default: what fits the model)",
     )
-    build.add_argument(
-        "--mean", type=float, nargs="+", metavar="M", help="normalisation (default: the model's)"
-    )
-    build.add_argument(
-        "--std", type=float, nargs="+", metavar="S", help="normalisation (default: the model's)"
-    )
+    build.add_argument("--mean", type=float, nargs="+", metavar="M", help="normalisation (default: the model's)")
+    build.add_argument("--std", type=float, nargs="+", metavar="S", help="normalisation (default: the model's)")
     build.add_argument("--device", help="where the teacher runs (default: a GPU if there is one)")
     build.set_defaults(run=_build)
 
@@ -533,9 +527,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     inspect.add_argument("bank", type=Path, help="the bank")
     inspect.add_argument("--data", type=Path, help="its image folder; also checks that it is the right one")
-    inspect.add_argument(
-        "--out", type=Path, metavar="PNG", help="the picture (default: the bank's name + .png)"
-    )
+    inspect.add_argument("--out", type=Path, metavar="PNG", help="the picture (default: the bank's name + .png)")
     inspect.add_argument("--count", type=int, default=12, metavar="N", help="maps to draw (default: 12)")
     inspect.add_argument("--ids", type=int, nargs="+", metavar="ID", help="draw these instead")
     inspect.add_argument("--verify", action="store_true", help="read the whole file and compare its checksum")

@@ -199,8 +199,7 @@ class TrackedTransform:
             policy = augment.auto_augment_transform(config, hparams)
             if not geometric:
                 policy.policy = [
-                    [op for op in steps if getattr(op, "name", None) not in _GEOMETRIC]
-                    for steps in policy.policy
+                    [op for op in steps if getattr(op, "name", None) not in _GEOMETRIC] for steps in policy.policy
                 ]
             operations = [op for steps in policy.policy for op in steps]
         for operation in operations:
@@ -323,9 +322,7 @@ class EvalTransform:
         ImportError: torchvision is missing; the message says how to install it.
     """
 
-    def __init__(
-        self, size: int | Sequence[int], *, crop_pct: float = 0.875, interpolation: str = "bicubic"
-    ) -> None:
+    def __init__(self, size: int | Sequence[int], *, crop_pct: float = 0.875, interpolation: str = "bicubic") -> None:
         functional = require("torchvision.transforms.functional")
         self.size = _pair(size)
         if not 0 < crop_pct <= 1:
