@@ -110,7 +110,7 @@ def test_map_and_index_dtypes(dtype, index_dtype):
 @pytest.mark.parametrize("what", ["zeros", "negative", "nan", "inf", "absent"])
 def test_maps_without_evidence_give_the_area_share(what):
     maps = torch.rand(5, 6, 6, generator=generator())
-    maps[1] = {"zeros": 0.0, "negative": -1.0, "nan": math.nan, "inf": math.inf, "absent": 0.0}[what]
+    maps[1] = {"zeros": 0.0, "negative": -maps[1], "nan": math.nan, "inf": math.inf, "absent": 0.0}[what]
     given = maps
     labels = torch.arange(5)
     if what == "absent":

@@ -6,11 +6,13 @@ The method is that of Liu et al., "TokenMix: Rethinking Image Mixing for Data Au
 """
 
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks, ops, reference
 from .settings import Settings
@@ -387,8 +389,12 @@ def backend_of(backend: str, tensor: Tensor) -> ModuleType | None:
     if backend == "auto":
         return None
     checks.one_of("backend", backend, ("auto", "reference", "triton"))
-    if backend == "reference":
-        return reference
+    return reference if backend == "reference" else launchers()
+
+
+@cache
+def launchers() -> ModuleType:
+    """The kernels, imported when they are first asked for: a machine without Triton has the reference alone."""
     from . import kernels
 
     return kernels
@@ -413,16 +419,90 @@ def run(
     settings: Settings,
     packed_format: str,
 ) -> Mixed:
-    """Check, and call the operator that fits `out`."""
-    checks.check_images(images, settings)
-    batch = images.shape[0]
+    """Check, and call the operator that fits `out`, or the kernels at once."""
     values, indices = maps if isinstance(maps, TopKMaps) else (maps, None)
-    if isinstance(labels, Tensor) and labels.dim() == 5:
+    packed = isinstance(labels, Tensor) and labels.dim() == 5
+    if packed:
         values, indices, boxes, labels = unpack_label_maps(labels, values, boxes)
         settings = settings._replace(box_format=packed_format)
-        checks.check_labels(labels, images, settings.num_classes, (torch.float32,))
-    else:
-        checks.check_labels(labels, images, settings.num_classes)
+    at_once = backend == "auto" and launches_at_once(images)
+    inputs = (images, labels, partner, values, indices, ids, boxes, flips, affines, mask)
+    form = form_of(inputs, settings, out_dtype) if at_once else None
+    if form is None or form not in PASSED:
+        check_inputs(*inputs, settings, (torch.float32,) if packed else checks.LABEL_DTYPES)
+        result_dtype(images.dtype, out_dtype, settings)
+        if form is not None and len(PASSED) < MOST_PASSED:
+            PASSED.add(form)
+    if isinstance(sample_offset, bool) or not isinstance(sample_offset, (int, torch.SymInt)):
+        raise TypeError(f"sample_offset must be a whole number, got {sample_offset!r}")
+    dtype = result_dtype(images.dtype, out_dtype, settings)
+    in_place = False
+    if out is not None:
+        checks.check_out(images, out, dtype, settings)
+        in_place = checks.is_same(out, images)
+    if partner is not None and in_place:
+        checks.check_partner(partner, images.shape[0], images, in_place)
+    module = backend_of("triton" if at_once else backend, images)
+    key = as_seed(seed, generator, images.device)
+
+    places = (ids, flips, affines)
+    given = (labels, partner, values, indices, boxes, mask, key, sample_offset)
+    if module is None:
+        if out is None:
+            return Mixed(*ops.mix(images, *given, dtype, *settings, *places))
+        if in_place:
+            return Mixed(out, *ops.mix_inplace(images, *given, *settings, *places))
+        return Mixed(out, *ops.mix_out(images, out, *given, *settings, *places))
+    if in_place and out is not None:
+        return Mixed(out, *module.mix_inplace(images, *given, settings, *places))
+    place = torch.empty_like(images, dtype=dtype) if out is None else out
+    return Mixed(place, *module.mix(images, labels, place, *given[1:], settings, *places))
+
+
+# Forms of inputs that passed the checks, so that a step on a GPU, where values are not looked at, need not repeat them.
+PASSED: set[tuple[Any, ...]] = set()
+MOST_PASSED = 1024
+
+
+def launches_at_once(images: Tensor) -> bool:
+    """Whether the kernels can be called without the operator: on a GPU, not traced, with nobody watching operators."""
+    return (
+        type(images) is Tensor
+        and images.is_cuda
+        and not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def form_of(inputs: tuple[Tensor | None, ...], *constant: Any) -> tuple[Any, ...]:
+    """All that the checks look at on a GPU: shapes, strides, dtypes, devices, and what is constant."""
+    form: list[Any] = [torch.is_grad_enabled(), *constant]
+    for tensor in inputs:
+        if isinstance(tensor, Tensor):
+            form += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+        else:
+            form.append(tensor)
+    return tuple(form)
+
+
+def check_inputs(
+    images: Tensor,
+    labels: Tensor,
+    partner: Tensor | None,
+    values: Tensor | None,
+    indices: Tensor | None,
+    ids: Tensor | None,
+    boxes: Tensor | None,
+    flips: Tensor | None,
+    affines: Tensor | None,
+    mask: Tensor | None,
+    settings: Settings,
+    label_dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Raise TypeError or ValueError for the first input that is not what it should be."""
+    checks.check_images(images, settings)
+    batch = images.shape[0]
+    checks.check_labels(labels, images, settings.num_classes, label_dtypes)
     if values is not None:
         checks.check_maps(values, indices, batch, images, ids)
         if values.dim() == 4 and indices is None and values.shape[1] != settings.num_classes:
@@ -438,30 +518,8 @@ def run(
     if mask is not None:
         patch = settings.patch_size
         checks.check_mask(mask, batch, (images.shape[2] // patch, images.shape[3] // patch), images)
-    if isinstance(sample_offset, bool) or not isinstance(sample_offset, (int, torch.SymInt)):
-        raise TypeError(f"sample_offset must be a whole number, got {sample_offset!r}")
-    dtype = result_dtype(images.dtype, out_dtype, settings)
-    in_place = False
-    if out is not None:
-        checks.check_out(images, out, dtype, settings)
-        in_place = checks.is_same(out, images)
     if partner is not None:
-        checks.check_partner(partner, batch, images, in_place)
-    module = backend_of(backend, images)
-    key = as_seed(seed, generator, images.device)
-
-    places = (ids, flips, affines)
-    inputs = (labels, partner, values, indices, boxes, mask, key, sample_offset)
-    if module is None:
-        if out is None:
-            return Mixed(*ops.mix(images, *inputs, dtype, *settings, *places))
-        if in_place:
-            return Mixed(out, *ops.mix_inplace(images, *inputs, *settings, *places))
-        return Mixed(out, *ops.mix_out(images, out, *inputs, *settings, *places))
-    if in_place and out is not None:
-        return Mixed(out, *module.mix_inplace(images, *inputs, settings, *places))
-    place = torch.empty_like(images, dtype=dtype) if out is None else out
-    return Mixed(place, *module.mix(images, labels, place, *inputs[1:], settings, *places))
+        checks.check_partner(partner, batch, images)
 
 
 def unpack_label_maps(

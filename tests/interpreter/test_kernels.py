@@ -257,3 +257,29 @@ def test_out_may_lie_in_memory_in_another_way(draw, layout, into, poisoned):
     got = tokenmix(images, labels_of(2), backend="triton", out=out, **options)
     assert got.images is out
     assert_same(tokenmix(images, labels_of(2), backend="reference", **options), got)
+
+
+def test_a_step_on_a_gpu_repeats_no_checks_but_misses_no_change(monkeypatch, poisoned):
+    """What an eager call on a GPU does, on CPU tensors: no operator, and each form of inputs is checked once."""
+    from tokenmix_kernels import mix
+
+    monkeypatch.setattr(mix, "launches_at_once", lambda images: True)
+    asked = []
+    monkeypatch.setattr(mix, "check_inputs", lambda *inputs, real=mix.check_inputs: asked.append(1) or real(*inputs))
+    images, labels, maps = random_images(SHAPE), labels_of(5), maps_of("own", 5)
+    options: dict[str, Any] = {"num_classes": CLASSES, "patch_size": 8, "mode": "elem", "seed": 3}
+    expected = tokenmix(images, labels, maps=maps, backend="reference", **options)
+    asked.clear()
+    for _ in range(3):
+        assert_same(expected, tokenmix(images, labels, maps=maps, **options))
+    assert len(asked) == 1
+    assert_same(
+        tokenmix(images[:4], labels[:4], maps=maps[:4], backend="reference", **options),
+        tokenmix(images[:4], labels[:4], maps=maps[:4], **options),
+    )
+    with pytest.raises(ValueError, match="maps must be of the same 4 images"):
+        tokenmix(images[:4], labels[:4], maps=maps, **options)
+    with pytest.raises(ValueError, match="patch_size"):
+        tokenmix(images[:, :, :-1], labels, maps=maps, **options)
+    with pytest.raises(ValueError, match="require grad"):
+        tokenmix(images.clone().requires_grad_(), labels, maps=maps, **options)
