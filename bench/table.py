@@ -159,6 +159,16 @@ def gpu_table(record: dict[str, Any]) -> str:
     return markdown(columns, rows)
 
 
+def fidelity_table(record: dict[str, Any]) -> str:
+    rows = [
+        (row["maps"], f"{row['mean_error']:.4f}", f"{row['p95_error']:.4f}", f"{row['kilobytes_per_image']:.2f}")
+        for row in record["rows"]
+    ]
+    return f"{record['images']} photographs.\n\n" + markdown(
+        ("maps", "mean error", "95 % below", "kilobytes an image"), rows
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu": cpu_table,
     "counts": count_table,
@@ -166,6 +176,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "growth": growth_table,
     "growth_counts": growth_counts_table,
     "gpu": gpu_table,
+    "fidelity": fidelity_table,
 }
 
 
@@ -177,10 +188,28 @@ def table(record: dict[str, Any]) -> str:
     return f"{TABLES[kind](record)}\n\n{source(record)}"
 
 
+def insert(page: str, kind: str, text: str) -> str:
+    """The page with a table between its marks <!-- kind --> and <!-- /kind -->.
+
+    Raises:
+        SystemExit: the page has no such marks.
+    """
+    first, last = f"<!-- {kind} -->", f"<!-- /{kind} -->"
+    if first not in page or last not in page:
+        raise SystemExit(f"the page has no marks {first} and {last}")
+    return page[: page.index(first) + len(first)] + "\n\n" + text + "\n\n" + page[page.index(last) :]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, nargs="+", help="result files of this benchmark")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="write each between its marks in this page")
 
 
 def main(asked: argparse.Namespace) -> None:
     for path in asked.file:
-        print(table(json.loads(path.read_text())), end="\n\n")
+        record = json.loads(path.read_text())
+        if asked.into is None:
+            print(table(record), end="\n\n")
+        else:
+            asked.into.write_text(insert(asked.into.read_text(), record["kind"], table(record)))
+            print(f"{path}: written to {asked.into}")
