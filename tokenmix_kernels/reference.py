@@ -91,16 +91,19 @@ def block_mask(
     grid_h, grid_w = grid
     ratios = ratio_table()
     half, shift = 1 << (13 + area_bits // 2), 14 + area_bits // 2
+    smallest, unused = 1 << area_bits, 32 - area_bits
     mask = covered = failed = window = 0
     while covered < tokens and failed < 3:
         remaining = tokens - covered
-        if 4 * (window // 2) == len(words):
+        first, half_row = 4 * (window // 2), 2 * (window % 2)
+        if first == len(words):
             more = torch.arange(len(words), len(words) + 32)
             words = words + philox(seed, torch.tensor(sample), more, TRIES).tolist()
         failed += 1
         for j in range(4 if failed < 3 else 2):
-            size_word, place_word = words[4 * (window // 2) + j][2 * (window % 2) :][:2]
-            area = (1 << area_bits) + (remaining - 1) * (size_word >> (32 - area_bits))
+            row = words[first + j]
+            size_word, place_word = row[half_row], row[half_row + 1]
+            area = smallest + (remaining - 1) * (size_word >> unused)
             factors = ratios[size_word & ((1 << RATIO_BITS) - 1)]
             side = isqrt(area)
             h = (side * (factors & 0xFFFF) + half) >> shift
@@ -239,7 +242,7 @@ def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settin
     # Rows of `out` are rows of `images` only where both lie in memory alike.
     same = images.dtype == out.dtype and not settings.mean and images.is_contiguous() == out.is_contiguous()
     direct = token_rows(out, settings.patch_size) if same else None
-    step = max(1, batch // 8) if direct is not None else max(1, batch // 32)
+    step = max(1, batch // 4) if direct is not None else max(1, batch // 32)
     simple = [RANDOM if kind in (COPY, BLOCK, GIVEN) else kind for kind in drawn.kind]
     for kind, run in groupby(range(batch), key=lambda i: simple[i]):
         run_of = list(run)
@@ -268,6 +271,23 @@ def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settin
                 mixed = torch.empty_like(images[chunk])
                 torch.index_select(rows, 0, source, out=token_rows(mixed, settings.patch_size))
             store(out[chunk], mixed, mean.to(out.device), std.to(out.device))
+
+
+def swap_pixels(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
+    """The same in place, a few pairs at a time; the partner's partner must be the own image."""
+    firsts = torch.nonzero(partner >= torch.arange(len(partner))).flatten()
+    for some in firsts.split(max(1, len(firsts) // 16)):
+        members = torch.unique(torch.cat([some, partner[some]]))
+        part = Draw(
+            kind=[drawn.kind[i] for i in members.tolist()],
+            lam=[drawn.lam[i] for i in members.tolist()],
+            mask=drawn.mask[members],
+            rectangle=[drawn.rectangle[i] for i in members.tolist()],
+        )
+        before = images[members.to(images.device)]
+        after = torch.empty_like(before)
+        mix_pixels(before, after, torch.searchsorted(members, partner[members]), part, settings)
+        images[members.to(images.device)] = after
 
 
 def token_rows(images: Tensor, patch: int) -> Tensor | None:
@@ -520,12 +540,15 @@ def mix(
     flips: Tensor | None = None,
     affines: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix a batch into `out` and return (targets [B, K] fp32, mask [B, Gh, Gw] bool, weights [B, 2] fp32)."""
+    """Mix a batch into `out`, which may be `images`, and return (targets [B, K], mask [B, Gh, Gw], weights [B, 2])."""
     device = images.device
     labels = labels.cpu().long()
     pairs = partner_of(partner, len(images))
     drawn = draw(int(seed), sample_offset, pairs, mask, images.shape[2], images.shape[3], settings)
-    mix_pixels(images, out, pairs, drawn, settings)
+    if out is images:
+        swap_pixels(images, pairs, drawn, settings)
+    else:
+        mix_pixels(images, out, pairs, drawn, settings)
     weights = mix_weights(maps, indices, labels, boxes, pairs, drawn, settings, ids, flips, affines)
     dense = targets(weights, labels, pairs, drawn.kind, settings)
     return dense.to(device), drawn.mask.to(device), weights.to(device)
@@ -546,28 +569,10 @@ def mix_inplace(
     flips: Tensor | None = None,
     affines: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix a batch into itself, a few pairs at a time; the partner's partner must be the own image."""
-    device = images.device
-    labels = labels.cpu().long()
-    pairs = partner_of(partner, len(images))
-    drawn = draw(int(seed), sample_offset, pairs, mask, images.shape[2], images.shape[3], settings)
-    firsts = torch.nonzero(pairs >= torch.arange(len(pairs))).flatten()
-    for some in firsts.split(max(1, len(firsts) // 16)):
-        members = torch.unique(torch.cat([some, pairs[some]]))
-        place = torch.searchsorted(members, pairs[members])
-        part = Draw(
-            kind=[drawn.kind[i] for i in members.tolist()],
-            lam=[drawn.lam[i] for i in members.tolist()],
-            mask=drawn.mask[members],
-            rectangle=[drawn.rectangle[i] for i in members.tolist()],
-        )
-        before = images[members.to(device)]
-        after = torch.empty_like(before)
-        mix_pixels(before, after, place, part, settings)
-        images[members.to(device)] = after
-    weights = mix_weights(maps, indices, labels, boxes, pairs, drawn, settings, ids, flips, affines)
-    dense = targets(weights, labels, pairs, drawn.kind, settings)
-    return dense.to(device), drawn.mask.to(device), weights.to(device)
+    """Mix a batch into itself; the partner's partner must be the own image."""
+    return mix(
+        images, labels, images, partner, maps, indices, boxes, mask, seed, sample_offset, settings, ids, flips, affines
+    )
 
 
 def token_mask(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: int, settings: Settings) -> Tensor:
