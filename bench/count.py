@@ -118,7 +118,7 @@ def prepare(case: Case, offset: int, classes: int, batch: int = CHUNK) -> Launch
     grid, named = kernels.arguments(
         images, out, labels, *inputs, targets, weights, mask, tuple(images.shape), settings, torch.device("cpu")
     )
-    options = {name: named.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    options = {name: named.pop(name) for name in kernels.OPTIONS if name in named}
     return Launch(grid, named, options, before, out, targets, weights, mask, (labels, *inputs), settings)
 
 
@@ -158,7 +158,7 @@ def count(ptxsim: Any, case: Case, arch: int, classes: int, samples: int, bar: A
     exact, error, races = True, 0.0, 0
     for offset in range(0, samples, CHUNK):
         launch = first if offset == 0 else prepare(case, offset, classes)
-        pixel_programs = [c for c in range(launch.grid[0]) if c % programs >= 2]
+        pixel_programs = [c for c in range(launch.grid[0]) if c % programs < programs - 2]
         # One launch for each sample's longest warp, on copies in place, where a second launch would mix back.
         for n in range(CHUNK):
             mine = list(range(n * programs, (n + 1) * programs))

@@ -54,7 +54,7 @@ def count_case(ptxsim: Any, case: Case, arch: int, pairs: int = PAIRS) -> dict[s
         images, out, labels, None, values, indices, boxes, None, torch.tensor(7), 0, targets, weights, mask,
         tuple(images.shape), settings, images.device,
     )  # fmt: skip
-    options = {name: named.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    options = {name: named.pop(name) for name in kernels.OPTIONS if name in named}
     compiled = ptxsim.compile_kernel(kernels.mix_kernel, named, arch=arch, **options)
     programs = named["PROGRAMS"]
     firsts = sorted({int(n) for n in np.linspace(0, (batch - 1) // 2, min(pairs, (batch + 1) // 2))})

@@ -15,7 +15,7 @@ from bench import count, cpu, gpu, growth, growth_counts, host
 from bench import table as tables
 from bench.__main__ import main as bench
 from bench.registry import CASES, IMPLEMENTATIONS, Case, Implementation, Inputs, Ready, make_inputs, ready
-from tokenmix_kernels import TopKMaps, tokenmix
+from tokenmix_kernels import TopKMaps, kernels, tokenmix
 
 TINY = CASES["tiny"]
 ON_CPU = [one for one in IMPLEMENTATIONS if one.device in ("", "cpu")]
@@ -279,7 +279,7 @@ class Simulator:
         self.ran: list[list[int]] = []
 
     def compile_kernel(self, kernel: Any, named: dict[str, Any], **options: Any) -> Any:
-        assert set(options) == {"arch", "num_warps", "enable_fp_fusion"}
+        assert set(options) == {"arch", *kernels.OPTIONS}
         return None
 
     def run(self, compiled: Any, grid: tuple[int], named: dict[str, Any], ctas: list[int], **options: Any) -> Any:

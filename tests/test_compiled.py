@@ -126,19 +126,11 @@ OTHERS = {
 }
 
 
-# What the compilers do today and should not: a few values set aside before the loops, never within them. Bytes on CUDA,
-# scalar registers that are kept in lanes of vector registers on gfx942.
+# What the compiler for gfx942 does today and should not: scalar registers that are kept in lanes of vector registers.
 SPILLS = {
-    ("mixup and block in place", "sm_80"): 16,
-    ("mixup and block in place", "sm_90"): 16,
-    ("mixup and block in place", "sm_100"): 32,
-    ("affines", "sm_80"): 8,
-    ("64x64 grid", "sm_100"): 8,
     ("cutmix minmax channels_last", "gfx942"): 14,
     ("packed maps, published", "gfx942"): 4,
 }
-# Mean and deviation of each lane's channel are laid out anew through shared memory.
-MEAN_OF_A_LANE = "uint8 channels_last to fp16"
 
 
 def pixels(batch: int, shape: tuple[int, int, int], dtype: torch.dtype, layout: str) -> Tensor:
@@ -189,6 +181,8 @@ def launch(
 
 
 def compiled(grid: tuple[int, ...], named: dict[str, Any]) -> Any:
+    if triton.runtime.driver.active.get_current_target().backend == "hip":
+        named = {name: value for name, value in named.items() if name != "maxnreg"}  # as with a torch for ROCm
     return kernels.mix_kernel.warmup(grid=grid, **named)
 
 
@@ -241,9 +235,8 @@ def test_compiles_without_spills(name, target, tmp_path):
     variant = (MOVES | OTHERS)[name]
     used = resources(compiled(*launch(**variant)), target, tmp_path)
     assert used.spilled <= SPILLS.get((name, target), 0)
-    # 65,536 registers of a multiprocessor over 64 a thread leave room for 1,024 threads, in programs of any size.
-    tight = name in MOVES and name != MEAN_OF_A_LANE and target != "gfx942"
-    assert used.registers <= (64 if tight else 128)
+    # 65,536 registers of a multiprocessor over 64 a thread leave room for 1,024 threads.
+    assert used.registers <= (128 if target == "gfx942" else 64)
 
 
 @pytest.mark.parametrize("name", MOVES)
@@ -253,8 +246,8 @@ def test_pixels_move_16_bytes_at_a_time(name, target):
     binary = compiled(grid, named)
     threads = named["num_warps"] * TARGETS[target].warp_size
     channels, _, width = variant["shape"]
-    patch = named["P"]
-    pixels = channels * patch * width  # of one row of tokens
+    lines = min(named["P"], named["LINES"])  # of a row of tokens, what one turn of the loop moves
+    pixels = channels * lines * width
     twice = 2 if variant["in_place"] else 1
     in_bytes, out_bytes = named["images"].element_size(), named["out"].element_size()
     seen = accesses(binary, target)
@@ -269,7 +262,7 @@ def test_pixels_move_16_bytes_at_a_time(name, target):
         assert len(narrow) <= (1 if named["mask"] is not None else 0)
 
 
-@pytest.mark.parametrize("name", [name for name in MOVES if name != MEAN_OF_A_LANE])
+@pytest.mark.parametrize("name", MOVES)
 def test_pixels_do_not_pass_through_shared_memory(name, target):
     grid, named = launch(**MOVES[name])
     shared = [

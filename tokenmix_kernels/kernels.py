@@ -1,7 +1,7 @@
 """The mix as Triton kernels: one launch draws the masks, mixes the pixels, pools the maps and writes the targets.
 
-Steps stand in the order of `reference.py`, under the same names. A sample is served by two programs that pool one
-side each and write the targets, and by some that move a few token rows each. Every program draws its sample's mask
+Steps stand in the order of `reference.py`, under the same names. A sample is served by some programs that move a
+few token rows each, and by two that pool one side each and write the targets. Every program draws its sample's mask
 anew, in registers: cheaper than passing it on.
 
 The launchers are plain functions of tensors. They do not ask what device these are on, so the interpreter can run them.
@@ -21,6 +21,8 @@ from .tables import BETA_BITS, RATIO_BITS, device_table
 
 __all__ = ["arguments", "launch_shape", "mix", "mix_inplace", "mix_kernel", "pool_targets", "token_mask"]
 
+# What a launch takes beside the kernel's arguments.
+OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
 # Global constants that kernels read.
 K_HEADER = tl.constexpr(0)
 K_RECTANGLE = tl.constexpr(1)
@@ -40,6 +42,7 @@ SHIFTED = tl.constexpr(1 << 16)
 K_SAMPLES = tl.constexpr(64.0)
 K_NONE = tl.constexpr(0x7FFF0000)
 K_UNFIT = tl.constexpr(0x7FFFFFFF)
+K_AWAY = tl.constexpr(-64)
 
 
 @triton.constexpr_function
@@ -138,10 +141,10 @@ def popcount(bits):
 
 @triton.jit
 def try_four(
-    area, factors, place, mask, remaining, left, first_row, j,
+    area, factors, place, free, remaining, left, first_row, j,
     GH: tl.constexpr, GW: tl.constexpr, AREA_BITS: tl.constexpr, WORD_ROWS: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    """One window of four tries: the new mask [4, WORDS], tokens that remain, and tries left in a row (times 2**16)."""
+    """One window of four tries: what is free now [4, WORDS], tokens that remain, tries left in a row (times 2**16)."""
     HALF: tl.constexpr = power_of_2(13 + AREA_BITS // 2)
     SHIFT: tl.constexpr = 14 + AREA_BITS // 2
     area = power_of_2(AREA_BITS) + (remaining - 1) * area
@@ -151,12 +154,17 @@ def try_four(
     tops, lefts = GH + 1 - h, GW + 1 - w
     top = tl.umulhi(place, tops.to(tl.uint32, bitcast=True)).to(tl.int32)
     column = tl.umulhi(place << 16, lefts.to(tl.uint32, bitcast=True)).to(tl.int32)
-    columns = ((((mask ^ mask) + 1) << w.to(WORD)) - 1) << column.to(WORD)
-    bits = mask ^ mask
+    columns = ((((free ^ free) + 1) << w.to(WORD)) - 1) << column.to(WORD)
+    bits = free ^ free
     for r in tl.static_range(WORD_ROWS):
         inside = (first_row + (r - top)).to(tl.uint32, bitcast=True) < h.to(tl.uint32)
         bits = bits | tl.where(inside, columns << (r * GW), 0)
-    new = tl.sum(popcount((bits | mask) ^ mask), 1)[:, None]  # [4, 1]
+    bits = bits & free
+    new = popcount(bits)
+    # All four counts side by side in one word, where even a rectangle that does not fit counts less than 256: one
+    # reduction of the whole warp.
+    PACKED: tl.constexpr = GH * GW <= 232
+    new = (tl.sum(tl.ravel(new << (8 * j)), 0) >> (8 * j)) & 255 if PACKED else tl.sum(new, 1)[:, None]  # [4, 1]
     # 0 < new <= remaining, in one comparison without sign; nothing fits where nothing remains.
     fits = (tl.minimum(tops, lefts) > 1) & (
         (new - 1).to(tl.uint32, bitcast=True) < remaining.to(tl.uint32, bitcast=True)
@@ -165,10 +173,10 @@ def try_four(
     key = tl.min(tl.ravel(keys), 0)
     taken = key < left
     key = tl.where(taken, key, K_NONE)
-    mask = mask | tl.reduce_or(tl.where(keys == key, bits, 0), 0)[None, :]
+    free = free ^ tl.reduce_or(tl.where(keys == key, bits, 0), 0)[None, :]
     remaining -= key & 0xFFFF
     left = tl.where(taken, 10 * SHIFTED, left - 4 * SHIFTED)
-    return mask, remaining, left
+    return free, remaining, left
 
 
 @triton.jit
@@ -186,7 +194,8 @@ def block_mask(
     j = tl.arange(0, 4)[:, None]
     word = tl.arange(0, WORDS)[None, :]
     first_row = word * WORD_ROWS + j * 0  # [4, WORDS]
-    mask = (word + j).to(WORD) * 0
+    every = (word + j).to(WORD) * 0 - 1
+    free = every
     remaining = tokens
     left = tl.full([], 10 * SHIFTED, tl.int32)
     draws = word * 4 + j
@@ -199,17 +208,17 @@ def block_mask(
         step = 0
         while (step < WORDS) & (remaining > 0) & (left > 0):
             lane = step + word * 0 + j * 0
-            mask, remaining, left = try_four(
+            free, remaining, left = try_four(
                 tl.gather(area_a, lane, 1), tl.gather(factors_a, lane, 1), tl.gather(place_a, lane, 1),
-                mask, remaining, left, first_row, j, GH, GW, AREA_BITS, WORD_ROWS, WORD,
+                free, remaining, left, first_row, j, GH, GW, AREA_BITS, WORD_ROWS, WORD,
             )  # fmt: skip
-            mask, remaining, left = try_four(
+            free, remaining, left = try_four(
                 tl.gather(area_b, lane, 1), tl.gather(factors_b, lane, 1), tl.gather(place_b, lane, 1),
-                mask, remaining, left, first_row, j, GH, GW, AREA_BITS, WORD_ROWS, WORD,
+                free, remaining, left, first_row, j, GH, GW, AREA_BITS, WORD_ROWS, WORD,
             )  # fmt: skip
             step += 1
         draws += 4 * WORDS
-    return mask, tokens - remaining
+    return free ^ every, tokens - remaining
 
 
 @triton.jit
@@ -351,6 +360,29 @@ def row_bits(words, row, WORD_ROWS: tl.constexpr, GW: tl.constexpr, WORDS: tl.co
 
 
 @triton.jit
+def channel_of(values, column, plane, C: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr):
+    """The entry of `values` [C] for a plane, or for each of the columns [COLS] where channels lie side by side.
+
+    There, each VEC neighbours have the channels in the same order, but for where it starts: few values are picked in
+    registers. A load by channel would have to pass through shared memory to lie as the pixels do.
+    """
+    if not NHWC:
+        picked = tl.load(values + plane)
+    elif C > 4:
+        picked = tl.load(values + column % C)
+    else:
+        near = column % VEC
+        first = (column - near) % C
+        picked = tl.load(values)
+        for place in tl.static_range(C):
+            turned = tl.load(values + place)
+            for start in tl.static_range(1, C):
+                turned = tl.where(first == start, tl.load(values + (start + place) % C), turned)
+            picked = tl.where(near % C == place, turned, picked)
+    return picked
+
+
+@triton.jit
 def blend(own, other, lam):
     """lam * own + (1 - lam) * other in fp32, each step rounded once; raw bytes are blended in integers, exactly."""
     if own.dtype == tl.uint8:
@@ -362,10 +394,14 @@ def blend(own, other, lam):
 
 
 @triton.jit
-def finish(pixels, mean, rstd, DTYPE: tl.constexpr):
+def finish(
+    pixels, mean, rstd, column, plane,
+    C: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """Normalise (where mean is given) and round to the dtype that is stored."""
     if mean is not None:
-        pixels = (pixels.to(tl.float32) - mean) * rstd
+        offset, scale = channel_of(mean, column, plane, C, NHWC, VEC), channel_of(rstd, column, plane, C, NHWC, VEC)
+        pixels = (pixels.to(tl.float32) - offset) * scale
     elif tl.uint8 == DTYPE and pixels.dtype != tl.uint8:
         pixels = tl.floor(pixels + 0.5)
     return pixels.to(DTYPE)
@@ -390,39 +426,36 @@ def take_tokens(
     all channels and lines, so that what is left is one load and one store. Where nothing is converted, PACK values
     move as one 64-bit word.
     """
-    if PACK > 1:
-        images = images.to(tl.pointer_type(tl.int64), bitcast=True)
-        out = out.to(tl.pointer_type(tl.int64), bitcast=True)
     SPAN: tl.constexpr = (P * C if NHWC else P) // PACK
     WIDTH: tl.constexpr = (W * C if NHWC else W) // PACK
     PLANES: tl.constexpr = 1 if NHWC else C
     STEP: tl.constexpr = 1 if NHWC else SW
     OUT_STEP: tl.constexpr = 1 if NHWC else OW
-    LINE: tl.constexpr = SH // PACK
-    OUT_LINE: tl.constexpr = OH // PACK
     BLOCK: tl.constexpr = COLS // PACK
     NEAR: tl.constexpr = VEC // PACK
-    line = tl.arange(0, LINES)[:, None]
-    images_stride, out_stride = images_stride.to(tl.int64) // PACK, out_stride.to(tl.int64) // PACK
-    own_row = i * images_stride + row.to(tl.int64) * (P * LINE)
-    other_row = j * images_stride + row.to(tl.int64) * (P * LINE)
-    out_row = i * out_stride + row.to(tl.int64) * (P * OUT_LINE)
-    for block in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
-        column = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-        # Lanes beyond the edge read the last neighbours again: cheaper than a predicate, which needs zeros beside it.
-        within = column % NEAR + tl.minimum(column - column % NEAR, WIDTH - NEAR)
-        source = tl.where(token_bit(bits, column, SPAN), other_row, own_row) + within * STEP
-        source = tl.max_contiguous(tl.multiple_of(source, NEAR), NEAR)
-        place = tl.max_contiguous(tl.multiple_of(out_row + column * OUT_STEP, NEAR), NEAR)
-        valid = ((column < WIDTH) if WIDTH % BLOCK != 0 else (column >= 0))[None, :] & (line < P)
-        for plane in tl.static_range(PLANES):
-            offset, scale = None, None
-            if mean is not None:
-                channel = column % C if NHWC else plane
-                offset, scale = tl.load(mean + channel), tl.load(rstd + channel)
-            at = plane * (SC // PACK) + tl.minimum(line, P - 1) * LINE
-            taken = finish(tl.load(images + source[None, :] + at), offset, scale, out.dtype.element_ty)
-            tl.store(out + place[None, :] + (plane * (OC // PACK) + line * OUT_LINE), taken, valid)
+    SIZE: tl.constexpr = images.dtype.element_ty.primitive_bitwidth // 8
+    WORD: tl.constexpr = tl.int64 if PACK > 1 else images.dtype.element_ty
+    OUT_WORD: tl.constexpr = tl.int64 if PACK > 1 else out.dtype.element_ty
+    # Where a token lies is found in bytes: one selection, one addition.
+    own_row = (images + (i * images_stride + row.to(tl.int64) * (P * SH))).to(tl.pointer_type(tl.int8), bitcast=True)
+    apart = (j - i) * (images_stride.to(tl.int64) * SIZE)
+    out_row = (out + (i * out_stride + row.to(tl.int64) * (P * OH))).to(tl.pointer_type(OUT_WORD), bitcast=True)
+    for first in range(0, P, LINES):
+        line = (first + tl.arange(0, LINES)).to(tl.int64)[:, None]
+        for block in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
+            column = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # [BLOCK]
+            # Lanes beyond the edge read the last neighbours again: cheaper than a predicate, which needs zeros too.
+            within = column % NEAR + tl.minimum(column - column % NEAR, WIDTH - NEAR)
+            source = own_row + tl.where(token_bit(bits, column, SPAN), apart, 0)
+            source = source.to(tl.pointer_type(WORD), bitcast=True)[None, :]
+            within = tl.max_contiguous(tl.multiple_of(within * STEP, NEAR), NEAR)[None, :]
+            valid = ((column < WIDTH) if WIDTH % BLOCK != 0 else (column >= 0))[None, :] & (line < P)
+            for plane in tl.static_range(PLANES):
+                at = within + (tl.minimum(line, P - 1) * (SH // PACK) + plane * (SC // PACK))
+                at = tl.max_contiguous(tl.multiple_of(source + at, (1, NEAR * SIZE * PACK)), (1, NEAR))
+                taken = finish(tl.load(at), mean, rstd, column, plane, C, NHWC, VEC, OUT_WORD)
+                place = column[None, :] * OUT_STEP + (line * (OH // PACK) + plane * (OC // PACK))
+                tl.store(out_row + place, taken, valid)
 
 
 @triton.jit
@@ -441,23 +474,24 @@ def swap_tokens(
     LINE: tl.constexpr = SH // PACK
     BLOCK: tl.constexpr = COLS // PACK
     NEAR: tl.constexpr = VEC // PACK
-    line = tl.arange(0, LINES)[:, None]
     images_stride = images_stride.to(tl.int64) // PACK
     own_row = i * images_stride + row.to(tl.int64) * (P * LINE)
     other_row = j * images_stride + row.to(tl.int64) * (P * LINE)
-    for block in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
-        column = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-        own_at = tl.max_contiguous(tl.multiple_of(own_row + column * STEP, NEAR), NEAR)
-        other_at = tl.max_contiguous(tl.multiple_of(other_row + column * STEP, NEAR), NEAR)
-        valid = ((column < WIDTH) if WIDTH % BLOCK != 0 else (column >= 0))[None, :] & (line < P)
-        to_own = valid & token_bit(bits, column, SPAN)[None, :]
-        to_other = valid & token_bit(bits_j, column, SPAN)[None, :]
-        for plane in tl.static_range(PLANES):
-            at = plane * (SC // PACK) + line * LINE
-            own = tl.load(images + own_at[None, :] + at, to_other)
-            other = tl.load(images + other_at[None, :] + at, to_own)
-            tl.store(images + own_at[None, :] + at, other, to_own)
-            tl.store(images + other_at[None, :] + at, own, to_other)
+    for first in range(0, P, LINES):
+        line = first + tl.arange(0, LINES)[:, None]
+        for block in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
+            column = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+            own_at = tl.max_contiguous(tl.multiple_of(own_row + column * STEP, NEAR), NEAR)
+            other_at = tl.max_contiguous(tl.multiple_of(other_row + column * STEP, NEAR), NEAR)
+            valid = ((column < WIDTH) if WIDTH % BLOCK != 0 else (column >= 0))[None, :] & (line < P)
+            to_own = valid & token_bit(bits, column, SPAN)[None, :]
+            to_other = valid & token_bit(bits_j, column, SPAN)[None, :]
+            for plane in tl.static_range(PLANES):
+                at = plane * (SC // PACK) + line * LINE
+                own = tl.load(images + own_at[None, :] + at, to_other)
+                other = tl.load(images + other_at[None, :] + at, to_own)
+                tl.store(images + own_at[None, :] + at, other, to_own)
+                tl.store(images + other_at[None, :] + at, own, to_other)
 
 
 @triton.jit
@@ -495,52 +529,53 @@ def blend_pixels(
     PLANES: tl.constexpr = 1 if NHWC else C
     STEP: tl.constexpr = 1 if NHWC else SW
     OUT_STEP: tl.constexpr = 1 if NHWC else OW
-    line = tl.arange(0, LINES)[:, None]
-    y = row * P + line
     own_row = i * images_stride + row.to(tl.int64) * (P * SH)
     other_row = j * images_stride + row.to(tl.int64) * (P * SH)
     out_row = i * out_stride + row.to(tl.int64) * (P * OH)
-    for block in tl.static_range((WIDTH + COLS - 1) // COLS):
-        column = block * COLS + tl.arange(0, COLS)  # [COLS]
-        own_at = tl.max_contiguous(tl.multiple_of(own_row + column * STEP, VEC), VEC)
-        other_at = tl.max_contiguous(tl.multiple_of(other_row + column * STEP, VEC), VEC)
-        place = tl.max_contiguous(tl.multiple_of(out_row + column * OUT_STEP, VEC), VEC)
-        valid = ((column < WIDTH) if WIDTH % COLS != 0 else (column >= 0))[None, :] & (line < P)
-        exact, some, whole = source_pixels(
-            kind, bits, column, y, top, bottom, left, right, SPAN, CHANNELS, VEC, MASK_TYPE
-        )  # fmt: skip
-        to_own, keeps_own = valid & some, valid & ~whole
-        if IN_PLACE:
-            exact_j, some_j, whole_j = source_pixels(
-                kind_j, bits_j, column, y, top_j, bottom_j, left_j, right_j, SPAN, CHANNELS, VEC, MASK_TYPE
+    for first in range(0, P, LINES):
+        line = first + tl.arange(0, LINES)[:, None]
+        y = row * P + line
+        for block in tl.static_range((WIDTH + COLS - 1) // COLS):
+            column = block * COLS + tl.arange(0, COLS)  # [COLS]
+            own_at = tl.max_contiguous(tl.multiple_of(own_row + column * STEP, VEC), VEC)
+            other_at = tl.max_contiguous(tl.multiple_of(other_row + column * STEP, VEC), VEC)
+            place = tl.max_contiguous(tl.multiple_of(out_row + column * OUT_STEP, VEC), VEC)
+            valid = ((column < WIDTH) if WIDTH % COLS != 0 else (column >= 0))[None, :] & (line < P)
+            exact, some, whole = source_pixels(
+                kind, bits, column, y, top, bottom, left, right, SPAN, CHANNELS, VEC, MASK_TYPE
             )  # fmt: skip
-            to_other, keeps_other = valid & some_j, valid & ~whole_j
-        for plane in tl.static_range(PLANES):
-            offset, scale = None, None
-            if mean is not None:
-                channel = column % C if NHWC else plane
-                offset, scale = tl.load(mean + channel), tl.load(rstd + channel)
-            at = plane * SC + line * SH
-            own_place, other_place = images + own_at[None, :] + at, images + other_at[None, :] + at
+            to_own, keeps_own = valid & some, valid & ~whole
             if IN_PLACE:
-                own = tl.load(own_place, (to_own & keeps_own) | to_other, 0)
-                other = tl.load(other_place, (to_other & keeps_other) | to_own, 0)
-                value, value_j = tl.where(exact, other, own), tl.where(exact_j, own, other)
-                if HAS_MIXUP:
-                    blended = finish(blend(own, other, lam), None, None, own.dtype)
-                    blended_j = finish(blend(other, own, lam_j), None, None, own.dtype)
-                    value = tl.where(kind == K_MIXUP, blended, value)
-                    value_j = tl.where(kind_j == K_MIXUP, blended_j, value_j)
-                tl.store(own_place, value, to_own)
-                tl.store(other_place, value_j, to_other)
-            else:
-                own = tl.load(own_place, keeps_own, 0)
-                other = tl.load(other_place, to_own, 0)
-                value = finish(tl.where(exact, other, own), offset, scale, out.dtype.element_ty)
-                if HAS_MIXUP:
-                    blended = finish(blend(own, other, lam), offset, scale, out.dtype.element_ty)
-                    value = tl.where(kind == K_MIXUP, blended, value)
-                tl.store(out + place[None, :] + (plane * OC + line * OH), value, valid)
+                exact_j, some_j, whole_j = source_pixels(
+                    kind_j, bits_j, column, y, top_j, bottom_j, left_j, right_j, SPAN, CHANNELS, VEC, MASK_TYPE
+                )  # fmt: skip
+                to_other, keeps_other = valid & some_j, valid & ~whole_j
+            for plane in tl.static_range(PLANES):
+                at = plane * SC + line * SH
+                own_place, other_place = images + own_at[None, :] + at, images + other_at[None, :] + at
+                if IN_PLACE:
+                    own = tl.load(own_place, (to_own & keeps_own) | to_other, 0)
+                    other = tl.load(other_place, (to_other & keeps_other) | to_own, 0)
+                    value, value_j = tl.where(exact, other, own), tl.where(exact_j, own, other)
+                    if HAS_MIXUP:
+                        blended = finish(blend(own, other, lam), None, None, column, plane, C, NHWC, VEC, own.dtype)
+                        blended_j = finish(blend(other, own, lam_j), None, None, column, plane, C, NHWC, VEC, own.dtype)
+                        value = tl.where(kind == K_MIXUP, blended, value)
+                        value_j = tl.where(kind_j == K_MIXUP, blended_j, value_j)
+                    tl.store(own_place, value, to_own)
+                    tl.store(other_place, value_j, to_other)
+                else:
+                    own = tl.load(own_place, keeps_own, 0)
+                    other = tl.load(other_place, to_own, 0)
+                    value = finish(
+                        tl.where(exact, other, own), mean, rstd, column, plane, C, NHWC, VEC, out.dtype.element_ty
+                    )
+                    if HAS_MIXUP:
+                        blended = finish(
+                            blend(own, other, lam), mean, rstd, column, plane, C, NHWC, VEC, out.dtype.element_ty
+                        )
+                        value = tl.where(kind == K_MIXUP, blended, value)
+                    tl.store(out + place[None, :] + (plane * OC + line * OH), value, valid)
 
 
 @triton.jit
@@ -549,7 +584,7 @@ def taken_share(
     GH: tl.constexpr, GW: tl.constexpr, P: tl.constexpr, WORD_ROWS: tl.constexpr, WORDS: tl.constexpr,
     TOKENS: tl.constexpr, MASK_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """The share of each token that comes from the partner, [TOKENS] fp32; zero beyond the grid."""
+    """The share of each token that comes from the partner, [TOKENS] fp32; beyond the grid it means nothing."""
     token = tl.arange(0, TOKENS)
     if MASK_TYPE == K_CUTMIX:
         y, x = (token // GW) * P, (token % GW) * P
@@ -560,7 +595,7 @@ def taken_share(
         line = tl.max(words, 0)  # [WORDS], the same in all four rows
         mine = tl.gather(line, tl.minimum(token // (WORD_ROWS * GW), WORDS - 1), 0)
         share = ((mine >> (token % (WORD_ROWS * GW)).to(words.dtype)) & 1).to(tl.float32)
-    return tl.where(token < GH * GW, share, 0.0)
+    return share
 
 
 @triton.jit
@@ -584,15 +619,19 @@ def own_map(
         known = (label >= 0) & (label < CLASSES)
         first += tl.where(known, label, 0) * SIZE
         real = real & known
-    values = tl.load(maps + first + cell, real, 0)
+    at = cell
     if indices is not None:
+        # Class numbers first, then one value of each cell: not all values of all classes.
         first_index = tl.multiple_of(n * indices_stride, MAP_VEC)
-        values = tl.where(tl.load(indices + first_index + cell, real, 0).to(tl.int64) == label, values, 0)
-        k = tl.full([], 1, tl.int32)
+        entry = cell * 0 - 1
+        k = tl.zeros([], tl.int32)
         while k < top_k:
             index = tl.load(indices + first_index + k * SIZE + cell, real, 0).to(tl.int64)
-            values = tl.where(index == label, tl.load(maps + first + k * SIZE + cell, real, 0), values)
+            entry = tl.where(index == label, k, entry)
             k += 1
+        real = real & (entry >= 0)
+        at = entry * SIZE + cell
+    values = tl.load(maps + first + at, real, 0)
     return values.to(tl.float32)
 
 
@@ -741,6 +780,35 @@ def pool(
 
 
 @triton.jit
+def write_row(targets, begin, side, mine, theirs, rest, raised, K: tl.constexpr):
+    """One side's half of a target row that starts at `begin`: `raised` in the column `mine`, `rest` elsewhere.
+
+    Whatever K is, columns are stored in fours between 16-byte borders of memory. The fours around both labels (mine,
+    theirs; K_AWAY where there is none) and the ends of the row are stored by themselves, no place by two threads.
+    """
+    WIDE: tl.constexpr = min(128, triton.next_power_of_2(K))
+    head = ((-begin) & 3).to(tl.int32) if K % 4 != 0 else tl.zeros([], tl.int32)  # columns before the first border
+    fours = tl.maximum(K - head, 0) // 4
+    row = targets + tl.multiple_of(begin + head, 4)
+    mine, theirs = mine - head, theirs - head
+    my_four, their_four = mine >> 2, theirs >> 2
+    within = tl.arange(0, 4)
+    for start in range(0, K // 4, 2 * WIDE):
+        four = start + side * WIDE + tl.arange(0, WIDE)[:, None]  # [WIDE, 1]
+        valid = (four < fours) & (four != my_four) & (four != their_four)
+        tl.store(row + (four * 4 + within[None, :]), rest, valid)
+    near = my_four * 4 + within
+    valid = (near >= -head) & (near < K - head) & (near != theirs)
+    valid = valid & ((side == 0) | (my_four != their_four) | (near == mine))
+    tl.store(row + near, tl.where(near == mine, raised, rest), valid)
+    if K % 4 != 0:
+        end = tl.where(side == 0, -1, fours)
+        near = end * 4 + within
+        valid = (near >= -head) & (near < K - head) & (end != my_four) & (end != their_four)
+        tl.store(row + near, rest, valid)
+
+
+@triton.jit
 def write_targets(
     labels, maps, indices, ids, boxes, flips, affines, targets, weights, mask_out, i, j, side, kind, lam, words,
     covered, top, bottom, left, right, labels_stride, maps_stride, indices_stride, boxes_stride, map_rows, top_k,
@@ -749,9 +817,9 @@ def write_targets(
     MAP_VEC: tl.constexpr, BOX_STEP: tl.constexpr, BOX_FORMAT: tl.constexpr, WORD_ROWS: tl.constexpr,
     WORDS: tl.constexpr, K: tl.constexpr, MASK_TYPE: tl.constexpr, LAM_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Pool one side of a pair (side 0: the own image, 1: the partner) and write its part of the target row.
+    """Pool one side of a pair (side 0: the own image, 1: the partner) and write its half of the target row.
 
-    Side 0 writes the row but for the partner's class, side 1 that class. Where both have one label, side 0 does both.
+    Where both have one label, side 0 pools both.
     """
     TOKENS: tl.constexpr = triton.next_power_of_2(GH * GW)
     taken = taken_share(words, top, bottom, left, right, GH, GW, P, WORD_ROWS, WORDS, TOKENS, MASK_TYPE)
@@ -764,6 +832,8 @@ def write_targets(
     label_i = tl.load(labels + i * labels_stride).to(tl.int64)
     label_j = tl.load(labels + j * labels_stride).to(tl.int64)
     same = label_i == label_j
+    column_i = tl.where((label_i >= 0) & (label_i < K), label_i, K_AWAY).to(tl.int32)
+    column_j = tl.where((label_j >= 0) & (label_j < K) & ~same, label_j, K_AWAY).to(tl.int32)
     moved = (bottom - top) * (right - left) if MASK_TYPE == K_CUTMIX else covered
     AREA: tl.constexpr = GH * GW * (P * P if MASK_TYPE == K_CUTMIX else 1)
     n = side
@@ -771,7 +841,7 @@ def write_targets(
     raised = tl.zeros([], tl.float32)
     while n < last:
         own = n == 0
-        share = tl.where(real, tl.where(own, 1.0 - taken, taken), 0.0)
+        share = tl.where(own, 1.0 - taken, taken)
         weight = pool(
             maps, indices, ids, boxes, flips, affines, tl.where(own, i, j), tl.where(own, label_i, label_j), share,
             tl.where(own, AREA - moved, moved).to(tl.float32) * (1.0 / AREA), maps_stride, indices_stride, boxes_stride,
@@ -789,20 +859,8 @@ def write_targets(
         n += 1
     if targets is not None:
         rest = tl.div_rn(smoothing, tl.full([], K, tl.float32))
-        WIDE: tl.constexpr = min(1024, triton.next_power_of_2(K))
-        row = targets + i * K
-        if side == 0:
-            own_column = tl.where((label_i >= 0) & (label_i < K), label_i, -1).to(tl.int32)
-            other_column = tl.where(same | (label_j < 0) | (label_j >= K), -4, label_j).to(tl.int32)
-            for start in range(0, K, WIDE):
-                column = start + tl.arange(0, WIDE)
-                value = tl.where(column == own_column, rest + raised, rest)
-                tl.store(row + column, value, (column < K) & (column // 4 != other_column // 4))
-            near = other_column // 4 * 4 + tl.arange(0, 4)
-            value = tl.where(near == own_column, rest + raised, rest)
-            tl.store(row + near, value, (near >= 0) & (near < K) & (near != other_column))
-        elif (label_j >= 0) & (label_j < K) & ~same:
-            tl.store(row + label_j, rest + raised)
+        mine, theirs = tl.where(side == 0, column_i, column_j), tl.where(side == 0, column_j, column_i)
+        write_row(targets, i * K, side, mine, theirs, rest, rest + raised, K)
 
 
 @triton.jit(do_not_specialize=["seed_high", "sample_offset", "tokens_constant", "batch", "map_rows", "top_k"])
@@ -819,7 +877,7 @@ def mix_kernel(
     MH: tl.constexpr, MW: tl.constexpr, CLASSES: tl.constexpr, MAP_VEC: tl.constexpr, BOX_STEP: tl.constexpr,
     BOX_FORMAT: tl.constexpr, IN_PLACE: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """PROGRAMS programs for each sample: two for the targets, then one for each ROWS token rows.
+    """PROGRAMS programs for each sample: one for each ROWS token rows, then two for the targets.
 
     images, out: pixels; the batch strides are arguments, the others constants. In place the program of the pair's
     first half moves both halves, and `partner` must be its own inverse (a sample for which it is not is left alone).
@@ -829,19 +887,20 @@ def mix_kernel(
     GH: tl.constexpr = H // P
     GW: tl.constexpr = W // P
     program = tl.program_id(0) % PROGRAMS
+    side = program - (PROGRAMS - 2)
     i = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     j = partner_of(partner, i, batch)
     if IN_PLACE:
         j = tl.where(partner_of(partner, j, batch) == i, j, i)
-    if (program < 2) | (not IN_PLACE) | (i < j):
+    if (side >= 0) | (not IN_PLACE) | (i < j):
         kind, lam, words, covered, top, bottom, left, right = draw(
             seed, seed_high, sample_offset, i, j, mask, mixes, switches, lam_constant, tokens_constant, minimum_tokens,
             cut_low_h, cut_span_h, cut_low_w, cut_span_w, ratio_table, mix_table, cut_table,
             H, W, P, MODE, MASK_TYPE, HAS_HEADER, HAS_MINMAX, AREA_BITS, WORD_ROWS, WORDS,
         )  # fmt: skip
-        if program < 2:
+        if side >= 0:
             write_targets(
-                labels, maps, indices, ids, boxes, flips, affines, targets, weights, mask_out, i, j, program, kind, lam,
+                labels, maps, indices, ids, boxes, flips, affines, targets, weights, mask_out, i, j, side, kind, lam,
                 words, covered, top, bottom, left, right, labels_stride, maps_stride, indices_stride, boxes_stride,
                 map_rows, top_k, smoothing,
                 GH, GW, P, MH, MW, CLASSES, MAP_VEC, BOX_STEP, BOX_FORMAT, WORD_ROWS, WORDS, K, MASK_TYPE, LAM_WEIGHTS,
@@ -855,7 +914,7 @@ def mix_kernel(
                     minimum_tokens, cut_low_h, cut_span_h, cut_low_w, cut_span_w, ratio_table, mix_table, cut_table,
                     H, W, P, MODE, MASK_TYPE, HAS_HEADER, HAS_MINMAX, AREA_BITS, WORD_ROWS, WORDS,
                 )  # fmt: skip
-            row = (program - 2) * ROWS
+            row = program * ROWS
             last = tl.minimum(row + ROWS, GH)
             while row < last:
                 bits = row_bits(words, row, WORD_ROWS, GW, WORDS)
@@ -895,7 +954,7 @@ class Shape(NamedTuple):
 @lru_cache(maxsize=256)
 def launch_shape(
     channels: int, height: int, width: int, patch: int, nhwc: bool, in_bytes: int, out_bytes: int, alignment: int,
-    moves_only: bool,
+    converts: bool, blends: bool, in_place: bool,
 ) -> Shape:  # fmt: skip
     """Blocks and warps of a launch, from the shape and dtype alone.
 
@@ -904,12 +963,15 @@ def launch_shape(
         nhwc: whether channels lie next to each other in memory.
         in_bytes, out_bytes: size of one value.
         alignment: a divisor of all strides but the innermost, in values.
-        moves_only: whether pixels are copied as they are: nothing normalised, rounded or blended.
+        converts: whether pixels are normalised or change their dtype.
+        blends: whether a pixel may need both images (Mixup, rectangles).
+        in_place: whether a pair's tokens change places.
 
     Returns:
         VEC: neighbours in memory that a thread moves at once: 16 bytes of the wider dtype, less where tokens are
-            narrower. COLS by LINES: the tile. ROWS: token rows of a program. PROGRAMS: programs of a sample, two of
-            them for the targets. WORD_ROWS grid rows go into one word of the mask, which has WORDS words.
+            narrower. COLS by LINES: the tile; few lines where much is held for each. ROWS: token rows of a program.
+            PROGRAMS: programs of a sample, two of them for the targets. WORD_ROWS grid rows go into one word of the
+            mask, which has WORDS words.
     """
     warps = 4
     grid_h, grid_w = height // patch, width // patch
@@ -917,13 +979,16 @@ def launch_shape(
     line = width * (channels if nhwc else 1)
     vec = gcd(16 // max(in_bytes, out_bytes), span, alignment)
     cols = min(32 * vec, triton.next_power_of_2(line))
-    lines = triton.next_power_of_2(patch)
+    tall = triton.next_power_of_2(patch)
+    lines = min(tall, 4) if blends else min(tall, 8) if converts and nhwc else tall
     word_rows = max(1, 32 // grid_w) if grid_w <= 32 else 1
     word_rows = min(word_rows, -(-grid_h // 8))
     words = triton.next_power_of_2(-(-grid_h // word_rows))
     # Loads of each thread: enough to be worth the draw of the mask, few enough that warps stay short.
-    loads = lines * (1 if nhwc else channels) * -(-line // cols) * cols // (vec * 32 * warps)
-    rows = max(1, (84 if moves_only else 36) // max(1, loads))
+    loads = tall * (1 if nhwc else channels) * -(-line // cols) * cols // (vec * 32 * warps)
+    if in_place:
+        loads += loads // 3  # each with a condition of its own
+    rows = max(1, (36 if converts or blends else 84) // max(1, loads))
     rows = -(-grid_h // -(-grid_h // min(rows, grid_h)))
     return Shape(
         VEC=vec,
@@ -953,8 +1018,10 @@ def constants(
         inner = (1,)
     mask_type = MASK_TYPES[settings.mask_type]
     has_mixup = planned.switches < 1 << 24
-    moves_only = plain and not has_mixup and mask_type != CUTMIX
-    cut = launch_shape(channels, height, width, settings.patch_size, nhwc, in_bytes, out_bytes, gcd(*inner), moves_only)
+    cut = launch_shape(
+        channels, height, width, settings.patch_size, nhwc, in_bytes, out_bytes, gcd(*inner),
+        not plain, has_mixup or mask_type == CUTMIX, in_place,
+    )  # fmt: skip
     drawn_lam = planned.lam < 0
     return {
         **cut._asdict(),
@@ -976,6 +1043,8 @@ def constants(
         "PACK": 8 // in_bytes if plain and cut.VEC * in_bytes >= 8 else 1,
         # A contracted multiply-add would round Mixup and the sampling positions differently from the reference.
         "enable_fp_fusion": False,
+        # 1,024 threads fit a multiprocessor, and the assembler keeps what it has to keep in registers, not in memory.
+        **({} if torch.version.hip else {"maxnreg": 64}),
     }  # fmt: skip
 
 
