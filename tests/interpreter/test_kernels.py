@@ -238,10 +238,24 @@ def test_parts(mask_type):
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("classes", [2, 3, 1025, 5000])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 6, 9, 1025, 5000])
 def test_target_rows_of_any_width(classes, poisoned):
-    labels = torch.tensor([0, classes - 1, 1, 0, 0])
-    assert_same(*both(random_images((5, 1, 16, 16)), labels, num_classes=classes, mode="elem", patch_size=4))
+    """All pairs of labels near the ends of a row and in one four, in rows that begin anywhere between 16-byte borders."""
+    near = sorted({label for label in (0, 3, classes - 2, classes - 1) if 0 <= label < classes})
+    pairs = [(own, other) for own in near for other in near]
+    labels = torch.tensor([label for pair in pairs for label in pair])
+    partner = torch.arange(len(labels)).view(-1, 2).flip(1).flatten()
+    images = random_images((len(labels), 1, 8, 8))
+    options = {"num_classes": classes, "partner": partner, "mode": "elem", "patch_size": 4}
+    assert_same(*both(images, labels, **options))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("draw", ["block", "cutmix"])
+def test_each_channel_has_its_own_mean(draw, channels, poisoned):
+    images = random_images((2, channels, 16, 40), torch.uint8, "channels_last")
+    mean, std = [10.0 + 20 * c for c in range(channels)], [50.0 + c for c in range(channels)]
+    assert_same(*both(images, labels_of(2), mean=mean, std=std, out_dtype=torch.float16, **DRAWS[draw]))
 
 
 @pytest.mark.parametrize(
