@@ -12,6 +12,7 @@ COMMANDS = {
     "cpu": "time the registry on the CPU",
     "gpu": "time the registry on a GPU, and sweep the launch shapes",
     "host": "time the host's part of a call, the launch stubbed out",
+    "loader": "time DeiT's training transform by timm and by this package, in a loader",
     "growth": "time a call on the CPU against batch, image size, grid and classes",
     "count": "count registers, memory accesses and instructions of the compiled kernel in a PTX simulator",
     "growth_counts": "count against batch, image size, grid and classes in a PTX simulator",
@@ -21,7 +22,7 @@ COMMANDS = {
 
 def run_all(parser: argparse.ArgumentParser, folder: Path) -> None:
     """Everything that this machine has, one result file for each command: below eight minutes."""
-    results = {name: [name, "--out", str(folder / f"{name}.json")] for name in ("cpu", "host", "growth")}
+    results = {name: [name, "--out", str(folder / f"{name}.json")] for name in ("cpu", "host", "loader", "growth")}
     if torch.cuda.is_available():
         # Most of the eight minutes are the GPU's.
         results["cpu"] += ["--seconds", "30"]

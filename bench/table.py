@@ -113,6 +113,18 @@ def host_table(record: dict[str, Any]) -> str:
     return head + markdown(("path", "µs", "/ bare launch"), rows)
 
 
+def loader_table(record: dict[str, Any]) -> str:
+    rows = []
+    for row in record["rows"]:
+        ratio = f"{row['ratio_p50']:.3f} ({row['ratio_p20']:.3f} to {row['ratio_p80']:.3f})"
+        times = f"{row['timm_ms']:.2f}", f"{row['ours_ms']:.2f}"
+        rows.append([str(row["workers"]), *times, against(row["ratio_p50"], row["bar"], ratio)])
+    columns = ("workers", "timm, ms an image", "with the geometry tracked", "ratio (20 to 80 %)")
+    width, height = record["source"]
+    head = f"DeiT's recipe on JPEG files of {width}x{height}, medians of {record['rounds']} interleaved epochs.\n\n"
+    return head + markdown(columns, rows)
+
+
 def growth_table(record: dict[str, Any]) -> str:
     rows = [
         [curve["against"], f"{point['at']:,}", f"{point['ms']:.2f}", f"{point['predicted_ms']:.2f}",
@@ -173,6 +185,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu": cpu_table,
     "counts": count_table,
     "host": host_table,
+    "loader": loader_table,
     "growth": growth_table,
     "growth_counts": growth_counts_table,
     "gpu": gpu_table,

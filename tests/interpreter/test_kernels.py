@@ -240,7 +240,7 @@ def test_parts(mask_type):
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 4, 6, 9, 1025, 5000])
 def test_target_rows_of_any_width(classes, poisoned):
-    """All pairs of labels near the ends of a row and in one four, in rows that begin anywhere between 16-byte borders."""
+    """All pairs of labels near the ends of a row and in one four; rows begin anywhere between 16-byte borders."""
     near = sorted({label for label in (0, 3, classes - 2, classes - 1) if 0 <= label < classes})
     pairs = [(own, other) for own in near for other in near]
     labels = torch.tensor([label for pair in pairs for label in pair])
