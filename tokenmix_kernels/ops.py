@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import reference
+from .memory import empty_images
 from .settings import Settings
 
 __all__: list[str] = []
@@ -58,7 +59,7 @@ def implementations(module: ModuleType) -> dict[str, Callable[..., Any]]:
 
     def mix(images: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         inputs, out_dtype, constant = rest[:7], rest[7], split(rest[8:])
-        out = torch.empty_like(images, dtype=out_dtype)
+        out = empty_images(images, out_dtype)
         return out, *module.mix(images, labels, out, *inputs, *constant)
 
     def mix_out(images: Tensor, out: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -276,7 +276,7 @@ def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settin
 def swap_pixels(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
     """The same in place, a few pairs at a time; the partner's partner must be the own image."""
     firsts = torch.nonzero(partner >= torch.arange(len(partner))).flatten()
-    for some in firsts.split(max(1, len(firsts) // 16)):
+    for some in firsts.split(max(1, len(firsts) // 32)):
         members = torch.unique(torch.cat([some, partner[some]]))
         part = Draw(
             kind=[drawn.kind[i] for i in members.tolist()],
