@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def source(record: dict[str, Any]) -> str:
     """Where the figures come from, in one line."""
+    if "machine" not in record:  # the trainer's files name what matters to them themselves
+        return f"`{record['command']}`, {record['device']}; torch {record['torch']}."
     machine = record["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
@@ -181,6 +184,47 @@ def fidelity_table(record: dict[str, Any]) -> str:
     )
 
 
+def mixers_table(record: dict[str, Any]) -> str:
+    rows = []
+    for name, row in record["mixers"].items():
+        peak = row["peak_memory_mb"]
+        rows.append([
+            name, f"{row['step_ms']:,.0f}", f"{row['mixing_ms']:.1f}", f"{100 * row['mixing_share']:.1f} %",
+            f"{row['images_per_second']:.1f}", "" if peak is None else f"{peak:,.0f}",
+        ])  # fmt: skip
+    side = record["input_size"]
+    head = (
+        f"{record['model']}, {record['batch_size']} images of {side}x{side}, "
+        f"medians of {record['rounds']} interleaved steps.\n\n"
+    )
+    columns = ("", "step, ms", "of it mixing, ms", "share", "images a second", "peak memory, MB")
+    return head + markdown(columns, rows)
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def study_table(record: dict[str, Any]) -> str:
+    half = record["dropped"].index(0.5)
+    rows = [
+        [
+            name,
+            mean_and_deviation([run["top1"] for run in runs]),
+            mean_and_deviation([run["occlusion"][half] for run in runs]),
+            mean_and_deviation([run["still_defective"]["most"] for run in runs]),
+            mean_and_deviation([run["still_defective"]["least"] for run in runs]),
+        ]
+        for name, runs in record["runs"].items()
+    ]
+    seeds, epochs = min(map(len, record["runs"].values())), record["recipe"]["epochs"]
+    columns = (
+        "targets", "top-1", "top-1, half of the tokens blanked", "still defective, most evidence pasted over",
+        "least evidence pasted over",
+    )  # fmt: skip
+    return f"Percent; mean and standard deviation of {seeds} seeds, {epochs} epochs each.\n\n" + markdown(columns, rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu": cpu_table,
     "counts": count_table,
@@ -190,6 +234,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "growth_counts": growth_counts_table,
     "gpu": gpu_table,
     "fidelity": fidelity_table,
+    "mixers": mixers_table,
+    "study": study_table,
 }
 
 

@@ -237,6 +237,9 @@ def profile_mixers(args: argparse.Namespace) -> dict[str, Any]:
         }
     cuda = device.type == "cuda"
     result = {
+        "kind": "mixers",
+        "command": f"python -m train --profile-mixers --recipe {args.recipe} --batch-size {args.batch_size} "
+        f"--max-steps {rounds}",
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "cpus": os.cpu_count(),
         "torch": torch.__version__,
@@ -283,7 +286,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         )
     axis.set_yticks(range(len(rows)), list(rows))
     axis.invert_yaxis()
-    axis.set_xlim(0, max(row["step_ms"] for row in rows.values()) * 1.55)
+    axis.set_xlim(0, max(row["step_ms"] for row in rows.values()) * 1.7)
     axis.set_xlabel("milliseconds per step: model and optimiser (grey), mixing (colour)")
     title = f"{result['model']}, {result['batch_size']} images of {result['input_size']} pixels, {result['device']}"
     axis.set_title(title, fontsize=10, loc="left")

@@ -179,8 +179,12 @@ def write(options: argparse.Namespace, args: argparse.Namespace, results: dict[s
     for key in ("output", "cache", "resume", "device", "threads"):
         del recipe[key]
     content = {
+        "kind": "study",
         "command": f"python -m train.study --recipe {options.recipe} --epochs {args.epochs} --seeds "
         f"{' '.join(map(str, options.seeds))}",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "recipe": recipe,
         "dropped": DROPPED,
