@@ -25,9 +25,10 @@ from train import checkpoint
 from train.config import load_recipe, parse
 from train.data import EpochOrder, load_data
 from train.guard import NonFiniteLoss, replay
-from train.loop import build, mixing_seed, train
+from train.loop import mixing_seed, train
 from train.picture import token_evidence
 from train.profile_mixers import PublishedWay, profile_mixers
+from train.run import build
 from train.study import extreme_tokens, replace_tokens
 from train.teacher import make_evidence, probe
 

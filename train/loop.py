@@ -1,15 +1,13 @@
-"""The training loop: build, train, evaluate, and replay a step that went wrong."""
+"""The training loop: one step, one epoch, evaluation, and what is written at the end of each."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
-import os
 import random
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,183 +17,21 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from tokenmix_kernels import TokenMix
-
 from . import checkpoint
-from .data import Batch, Data, EpochLoader, load_data, to_device
+from .data import Batch, to_device
 from .guard import stop_at
 from .meters import StepTimer, write_records
-from .model import make_mixer, make_model
-from .teacher import Evidence, make_evidence
-
-# Optimisers of torch that leave weights and moments alone, on the device, where found_inf is set.
-FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
-# What decides the numbers of a run; a resumed run must agree in these.
-IDENTITY = (
-    "model",
-    "model_kwargs",
-    "input_size",
-    "batch_size",
-    "accumulate",
-    "epochs",
-    "opt",
-    "lr",
-    "seed",
-    "data",
-    "mixer",
-    "repeated_aug",
-    "max_steps",
-)
-
-
-@dataclass
-class Progress:
-    """Where the run is; the whole of it goes into every checkpoint."""
-
-    epoch: int = 0
-    step: int = 0  # steps (batches) done in this epoch
-    updates: int = 0  # optimiser updates done in the run
-    loss_sum: float = 0.0  # of the losses of this epoch's steps
-    best: float = -1.0
-    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
-
-
-@dataclass
-class Run:
-    """Everything that a step needs."""
-
-    args: argparse.Namespace
-    rank: int
-    world: int
-    device: torch.device
-    data: Data
-    loader: EpochLoader
-    evidence: Evidence
-    mix: TokenMix
-    model: nn.Module  # the weights
-    net: nn.Module  # the same, compiled and wrapped as asked
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    criterion: nn.Module
-    guarded: bool  # the optimiser obeys found_inf on the device
-
-    def autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.args.amp else nullcontext()
-
-    def steps_per_epoch(self) -> int:
-        steps = self.loader.steps
-        return min(steps, self.args.max_steps) if self.args.max_steps else steps
-
-
-def say(run: Run, text: str) -> None:
-    """Print on the first process, above the progress bar."""
-    if run.rank == 0:
-        tqdm.write(text)
+from .run import Progress, Run, build, resume, save_checkpoint, say
 
 
 def mixing_seed(seed: int, epoch: int, step: int) -> int:
     """The seed of one step's masks, the same on all ranks: they differ by their sample offset."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device, joined as torchrun says."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    device = torch.device(name)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index if world == 1 else int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return rank, world, device
-
-
-def build(args: argparse.Namespace) -> Run:
-    """Processes, data, evidence, model and optimiser as the arguments say.
-
-    Raises:
-        ValueError: arguments that do not fit together.
-    """
-    rank, world, device = start_processes(args)
-    if args.amp is None:
-        args.amp = device.type == "cuda"
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-
-    data = load_data(args)
-    model = make_model(args, len(data.classes))
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = model.to(device).to(memory_format=memory_format)
-
-    evidence = make_evidence(args, data, device, rank)
-    loader = EpochLoader(data, args, rank, world)
-    if loader.steps < args.accumulate:
-        raise ValueError(
-            f"an epoch has {loader.steps} steps of {args.batch_size} images on {world} process(es), "
-            f"fewer than --accumulate {args.accumulate}: use a smaller --batch-size"
-        )
-
-    guarded = args.opt in FUSED
-    options: dict[str, Any] = {"fused": True} if guarded else {}
-    if "adam" in args.opt:
-        options["eps"] = args.opt_eps
-    if args.opt_betas:
-        options["betas"] = tuple(args.opt_betas)
-    scale = 1.0 if args.unscale_lr else args.batch_size * args.accumulate * world / 512
-    optimizer = create_optimizer_v2(
-        model, opt=args.opt, lr=args.lr * scale, weight_decay=args.weight_decay, momentum=args.momentum, **options
-    )
-    steps = min(loader.steps, args.max_steps) if args.max_steps else loader.steps
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        args.sched,
-        num_epochs=args.epochs,
-        warmup_epochs=args.warmup_epochs,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        cooldown_epochs=args.cooldown_epochs,
-        step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=max(1, steps // args.accumulate),
-    )
-    ema = None
-    if args.model_ema:
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-
-    net: nn.Module = torch.compile(model) if args.compile else model  # type: ignore[assignment]
-    if world > 1:
-        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
-    return Run(
-        args,
-        rank,
-        world,
-        device,
-        data,
-        loader,
-        evidence,
-        make_mixer(args, data, model),
-        model,
-        net,
-        ema,
-        optimizer,
-        scheduler,
-        BinaryCrossEntropy() if args.bce_loss else SoftTargetCrossEntropy(),
-        guarded,
-    )
 
 
 def forward(run: Run, batch: Batch, seed: int, timer: StepTimer | None = None, rank: int | None = None) -> Tensor:
@@ -313,57 +149,6 @@ def evaluate_checkpoint(run: Run, path: Path) -> None:
             run.model.load_state_dict(state[key])
             scores = evaluate(run, run.model)
             say(run, f"{name}: " + ", ".join(f"{score} {value:.4g}" for score, value in scores.items()))
-
-
-def save_checkpoint(run: Run, progress: Progress) -> None:
-    """last.pt: everything that the rest of the run depends on."""
-    states = checkpoint.gather(checkpoint.rng_state(run.device))
-    if run.rank:
-        return
-    checkpoint.save(
-        {
-            "args": checkpoint.plain_args(run.args),
-            "world": run.world,
-            "progress": vars(progress),
-            "rng": list(states),
-            "mixing_seed": run.args.seed,
-            "model": run.model.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "scheduler": run.scheduler.state_dict(),
-            "ema": run.ema.module.state_dict() if run.ema else None,
-        },
-        Path(run.args.output) / "last.pt",
-    )
-
-
-def resume(run: Run, path: Path) -> Progress:
-    """Load a checkpoint into the run, random states included.
-
-    Raises:
-        ValueError: the checkpoint belongs to another run.
-    """
-    state = checkpoint.load(path)
-    if "optimizer" not in state:
-        raise ValueError(f"{path} holds weights only: resume from a last.pt, or start from it with --init-from")
-    now = checkpoint.plain_args(run.args)
-    other = [
-        f"--{key.replace('_', '-')} {state['args'][key]} (now {now[key]})"
-        for key in IDENTITY
-        if state["args"][key] != now[key]
-    ]
-    if state["world"] != run.world:
-        other.append(f"{state['world']} process(es) (now {run.world})")
-    if other:
-        raise ValueError(f"{path} was written with {', '.join(other)}; resume with the same")
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scheduler.load_state_dict(state["scheduler"])
-    if run.ema:
-        run.ema.module.load_state_dict(state["ema"])
-    checkpoint.set_rng_state(state["rng"][run.rank], run.device)
-    progress = Progress(**state["progress"])
-    say(run, f"resumed {path}: epoch {progress.epoch}, step {progress.step}")
-    return progress
 
 
 def end_epoch(run: Run, progress: Progress, seconds: float, board: Any) -> None:

@@ -34,7 +34,8 @@ from tokenmix_kernels import token_mask
 from . import checkpoint
 from .config import parse
 from .data import load_data
-from .loop import Run, build, train
+from .loop import train
+from .run import Run, build
 from .teacher import make_teacher, whole_maps
 
 VARIANTS: dict[str, list[str]] = {
