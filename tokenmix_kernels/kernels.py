@@ -1044,7 +1044,8 @@ def constants(
         # A contracted multiply-add would round Mixup and the sampling positions differently from the reference.
         "enable_fp_fusion": False,
         # 1,024 threads fit a multiprocessor, and the assembler keeps what it has to keep in registers, not in memory.
-        **({} if torch.version.hip else {"maxnreg": 64}),
+        # Grids of many rows need more for their masks.
+        **({} if torch.version.hip else {"maxnreg": 64 if cut.WORDS <= 16 else 128}),
     }  # fmt: skip
 
 
