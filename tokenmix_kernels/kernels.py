@@ -623,14 +623,13 @@ def own_map(
     if indices is not None:
         # Class numbers first, then one value of each cell: not all values of all classes.
         first_index = tl.multiple_of(n * indices_stride, MAP_VEC)
-        entry = cell * 0 - 1
+        at = cell * 0 - 1
         k = tl.zeros([], tl.int32)
         while k < top_k:
             index = tl.load(indices + first_index + k * SIZE + cell, real, 0).to(tl.int64)
-            entry = tl.where(index == label, k, entry)
+            at = tl.where(index == label, k * SIZE + cell, at)
             k += 1
-        real = real & (entry >= 0)
-        at = entry * SIZE + cell
+        real = real & (at >= 0)
     values = tl.load(maps + first + at, real, 0)
     return values.to(tl.float32)
 
