@@ -8,6 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RECIPES = Path(__file__).parent / "recipes"
+DATA = ("elpv", "imagefolder", "cifar10", "cifar100")
+TIMM_DATA = ("folder", "tar", "torch/NAME", "hfds/NAME", "hfids/NAME", "tfds/NAME", "wds/NAME")
+
+
+def data_name(name: str) -> str:
+    """--data as it is, if it names one of our data sets or, after "timm:", one of timm's readers.
+
+    Raises:
+        argparse.ArgumentTypeError: it names neither; timm itself would take what it does not know for a folder.
+    """
+    known = set(TIMM_DATA) | {""}
+    reader, slash, _ = name.removeprefix("timm:").partition("/")
+    if name in DATA or (name.startswith("timm:") and (f"{reader.lower()}/NAME" if slash else reader) in known):
+        return name
+    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(DATA)}, timm:{', timm:'.join(TIMM_DATA)}")
 
 
 def recipe_names() -> list[str]:
@@ -176,14 +191,45 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--cache", default=None, metavar="DIR", help="where maps are kept (default: runs/cache)")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data", choices=["elpv", "imagefolder", "cifar10", "cifar100"], default="imagefolder")
+    group.add_argument(
+        "--data",
+        type=data_name,
+        default="imagefolder",
+        metavar="NAME",
+        help=f"{', '.join(DATA)}, or timm: and what timm.data.create_dataset reads: {', '.join(TIMM_DATA)}",
+    )
     group.add_argument(
         "--data-path",
         default=None,
         metavar="DIR",
-        help="folder with train/ and val/ (imagefolder), or of the CIFAR files (downloaded if missing)",
+        help="folder with train/ and val/ (imagefolder, timm:folder), of the CIFAR files (downloaded if missing), of "
+        "the shards (wds; a URL too), of the prepared data (tfds) or of the cache (hfds, hfids)",
     )
-    group.add_argument("--num-workers", type=int, default=10, help="loader processes per process; 0: none")
+    group.add_argument("--train-split", default="train", metavar="SPLIT", help="of timm: data, as timm writes splits")
+    group.add_argument("--val-split", default="validation", metavar="SPLIT", help="of timm: data")
+    group.add_argument(
+        "--num-classes",
+        type=int,
+        default=None,
+        help="of timm: data; needed where the reader knows no class names (wds)",
+    )
+    group.add_argument(
+        "--train-num-samples", type=int, default=None, help="of timm: streams that do not tell (wds without _info.json)"
+    )
+    group.add_argument("--val-num-samples", type=int, default=None, help="the same of the validation split")
+    group.add_argument(
+        "--data-kwargs",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='more arguments for timm.data.create_dataset, as {"input_key": "img"} or {"download": true}',
+    )
+    group.add_argument(
+        "--num-workers",
+        type=int,
+        default=10,
+        help="loader processes per process; 0: none (a stream has at least one, and its order depends on how many)",
+    )
     group.add_argument("--repeated-aug", action=yes_no, default=True, help="each image three times, as DeiT")
     group.add_argument("--color-jitter", type=float, default=0.3)
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy as timm writes it; none: off")

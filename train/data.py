@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,16 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import create_dataset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
 from torchvision import datasets
 
 from tokenmix_kernels.bank import dataset_digest
@@ -99,7 +104,7 @@ class ElpvCells(Dataset[tuple[Image.Image, int]]):
 
 @dataclass
 class Data:
-    """A data set with its two splits, as PIL images."""
+    """A data set with its two splits, as PIL images; labels are empty where they cannot be listed."""
 
     name: str
     train: Any
@@ -109,12 +114,15 @@ class Data:
     digest: str  # of train
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    stream: bool = False  # images come in the order of a reader, none can be asked for by index
 
     def describe(self) -> str:
         return f"{self.name}: {len(self.train)} images, {len(self.classes)} classes"
 
     def majority(self) -> float:
-        """Share of the validation images in the class that is largest in the training set."""
+        """Share of the validation images in the class that is largest in the training set; NaN if not known."""
+        if not self.labels or not self.val.targets:
+            return math.nan
         largest = Counter(self.labels).most_common(1)[0][0]
         return sum(label == largest for label in self.val.targets) / len(self.val)
 
@@ -130,7 +138,7 @@ def load_data(args: argparse.Namespace) -> Data:
     """The data set that --data and --data-path name.
 
     Raises:
-        ValueError: it is not there, or its two splits do not have the same classes.
+        ValueError: it is not there, its two splits do not have the same classes, or a package is missing.
     """
     mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
     if args.data == "elpv":
@@ -145,6 +153,8 @@ def load_data(args: argparse.Namespace) -> Data:
             (0.5, 0.5, 0.5),
             (0.25, 0.25, 0.25),
         )
+    if args.data.startswith("timm:"):
+        return load_timm(args, mean, std)
     if args.data_path is None:
         raise ValueError(f"--data {args.data} needs --data-path")
     root = Path(args.data_path)
@@ -165,6 +175,123 @@ def load_data(args: argparse.Namespace) -> Data:
     cifar, cifar_val = kind(root, train=True, download=True), kind(root, train=False, download=True)
     digest = dataset_digest([str(index) for index in range(len(cifar))], cifar.targets)
     return Data(args.data, cifar, cifar_val, cifar.classes, cifar.targets, digest, mean, std)
+
+
+class TimmImages(Dataset[tuple[Image.Image, int]]):
+    """A split that timm (or torchvision through it) reads by index.
+
+    Attributes:
+        targets: the labels, empty where the reader cannot list them without the images.
+        names: of the images, for the digest; their places where files have no names.
+    """
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+        reader = getattr(images, "reader", images)
+        if hasattr(reader, "iter_targets"):
+            found = list(reader.iter_targets())
+        elif hasattr(reader, "targets"):
+            found = reader.targets
+        else:
+            found = [label for _, label in getattr(reader, "samples", [])]
+        self.targets: list[int] = np.asarray(found, dtype=np.int64).tolist()
+        self.names = [str(index) for index in range(len(images))]
+        if isinstance(reader, (ReaderImageFolder, ReaderImageInTar)):
+            self.names = [Path(name).as_posix() for name in reader.filenames()]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.images[index]
+        return image, int(label)
+
+
+TIMM_PACKAGES = {
+    "wds": ("webdataset",),
+    "tfds": ("tensorflow", "tensorflow_datasets"),
+    "hfds": ("datasets",),
+    "hfids": ("datasets",),
+}
+
+
+def _open_timm(args: argparse.Namespace, training: bool) -> Any:
+    """timm's data set of one split."""
+    side = "train" if training else "val"
+    split, count = getattr(args, f"{side}_split"), getattr(args, f"{side}_num_samples")
+    try:
+        return create_dataset(
+            args.data.removeprefix("timm:"),
+            root=args.data_path,
+            split=split,
+            is_training=training,
+            batch_size=args.batch_size,
+            num_samples=count,
+            seed=args.seed,
+            **args.data_kwargs,
+        )
+    # Readers and the libraries under them fail in their own ways; all of them mean that there is no such data.
+    except Exception as error:
+        hint = f"; give --{side}-num-samples" if "num_samples" in str(error) and not count else ""
+        where = f" at {args.data_path}" if args.data_path else ""
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"timm cannot open --data {args.data}, split {split!r}{where} ({reason}){hint}") from error
+
+
+def _class_index(images: Any) -> dict[str, int]:
+    """Class names and their labels as a reader knows them; empty if it does not."""
+    reader = getattr(images, "reader", images)
+    found = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    return dict(found) if found else {str(name): i for i, name in enumerate(getattr(reader, "classes", ()))}
+
+
+def load_timm(args: argparse.Namespace, mean: tuple[float, ...], std: tuple[float, ...]) -> Data:
+    """The two splits as timm.data.create_dataset opens them: by index where its reader can, as streams elsewhere.
+
+    Raises:
+        ValueError: a package is missing, timm cannot open it, or what it finds does not fit together.
+    """
+    kind, slash, _ = args.data.removeprefix("timm:").partition("/")
+    kind = kind.lower() if slash else "folder"
+    missing = [name for name in TIMM_PACKAGES.get(kind, ()) if find_spec(name) is None]
+    if missing:
+        packages = " ".join(name.replace("_", "-") for name in missing)
+        raise ValueError(f"--data {args.data} needs what is not installed: pip install {packages}")
+    if args.data_path is None and kind in ("folder", "torch", "wds"):
+        raise ValueError(f"--data {args.data} needs --data-path")
+    train, val = _open_timm(args, True), _open_timm(args, False)
+    if kind == "folder" and train.reader.root == val.reader.root and args.train_split != args.val_split:
+        raise ValueError(
+            f"{args.data_path} has no {args.train_split} and {args.val_split} in it: timm would train and validate on "
+            "the same images; name the parts with --train-split and --val-split"
+        )
+    index, val_index = _class_index(train), _class_index(val)
+    if index and val_index and index != val_index:
+        raise ValueError(f"the classes of the splits {args.train_split} and {args.val_split} differ")
+    count = max(index.values()) + 1 if index else args.num_classes
+    if count is None or (args.num_classes or count) != count:
+        raise ValueError(
+            f"--data {args.data} has {count} classes, not --num-classes {args.num_classes}"
+            if index
+            else f"the reader of --data {args.data} does not know the classes: give --num-classes"
+        )
+    named = {label: name for name, label in index.items()}
+    classes = [named.get(label, str(label)) for label in range(count)]
+    if isinstance(train, IterableDataset):
+        from .streams import Stream  # it takes samples and seeds from this file
+
+        splits = Stream(train, count, args.data), Stream(val, count, args.data)
+        if not len(splits[1]):
+            raise ValueError(f"the number of images in the split {args.val_split} is not known: give --val-num-samples")
+        return Data(args.data, *splits, classes, [], "", mean, std, stream=True)
+    by_index = TimmImages(train), TimmImages(val)
+    for images in by_index:
+        if images.targets and not 0 <= min(images.targets) <= max(images.targets) < count:
+            least, most = min(images.targets), max(images.targets)
+            raise ValueError(f"--data {args.data} has labels from {least} to {most}, but {count} classes")
+    labels = by_index[0].targets
+    digest = dataset_digest(by_index[0].names, labels) if labels else ""
+    return Data(args.data, *by_index, classes, labels, digest, mean, std)
 
 
 @contextmanager
@@ -258,6 +385,14 @@ class EpochLoader:
             mean=data.mean,
             std=data.std,
         )
+        eval_transform = EvalTransform(args.input_size, crop_pct=args.eval_crop_ratio)
+        self.stream = None
+        if data.stream:
+            from .streams import StreamBatches  # it takes samples and seeds from this file
+
+            self.stream = StreamBatches(data, args, transform, eval_transform, rank, world)
+            self.steps = self.stream.steps
+            return
         self.samples = TrainSamples(data.train, transform, args.seed)
         self.order = EpochOrder(data, args, rank, world)
         workers: dict[str, Any] = {
@@ -280,7 +415,6 @@ class EpochLoader:
                 f"--batch-size {args.batch_size} on {world} process(es) is more than an epoch's "
                 f"{len(self.order) * world} samples"
             )
-        eval_transform = EvalTransform(args.input_size, crop_pct=args.eval_crop_ratio)
         self.eval_loader = DataLoader(
             EvalSamples(data.val, eval_transform),
             args.batch_size,
@@ -291,16 +425,34 @@ class EpochLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from a step on."""
+        if self.stream:
+            return self.stream.epoch(epoch, first_step)
         assert self.loader.batch_size is not None
         self.order.epoch, self.order.first = epoch, first_step * self.loader.batch_size
         return iter(self.loader)
 
-    def batch(self, epoch: int, positions: Tensor, ids: Tensor) -> Batch:
-        """One batch again, by the places and ids of its samples."""
+    def batch(self, epoch: int, positions: Tensor, ids: Tensor, world: int = 1) -> Batch:
+        """One batch again, by the places and ids of its samples; a stream reads the epoch up to it.
+
+        Args:
+            epoch: of the batch.
+            positions: [B] int64, its `Batch.positions`.
+            ids: [B] int64, its `Batch.ids`.
+            world: number of processes of the run that made it.
+        """
+        if self.stream:
+            return self.stream.batch(epoch, positions, world)
         pairs = zip(positions.tolist(), ids.tolist(), strict=True)
         batch: Batch = default_collate([self.samples[epoch, position, index] for position, index in pairs])
         return batch
 
+    def preview(self, count: int) -> Batch:
+        """The first samples of an epoch, at least `count` of them if there are so many."""
+        if self.stream:
+            return self.stream.preview(count)
+        batch: Batch = default_collate([self.samples[item] for item in islice(iter(self.order), count)])
+        return batch
+
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images [B, 3, S, S] uint8, labels [B] int64) of this process's share, each image once."""
-        return iter(self.eval_loader)
+        return iter(self.stream.eval_loader if self.stream else self.eval_loader)

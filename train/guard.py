@@ -38,7 +38,7 @@ def replay(args: argparse.Namespace) -> None:
     """Repeat the steps of a nonfinite-*.pt file and print where the first value that is not finite appears."""
     state = checkpoint.load(args.replay)
     saved = argparse.Namespace(**{**vars(args), **state["args"], "device": args.device, "output": args.output})
-    saved.compile, saved.num_workers = False, 0
+    saved.compile = False
     from .loop import build, forward  # the loop itself imports this file
 
     run = build(saved)
@@ -55,11 +55,11 @@ def replay(args: argparse.Namespace) -> None:
 
     for name, module in run.model.named_modules():
         module.register_forward_hook(watch(name or type(run.model).__name__))
+    world = len(state["steps"])
     for rank, steps in enumerate(state["steps"]):
         for entry in steps:
-            batch = to_device(
-                run.loader.batch(entry["epoch"], entry["positions"], entry["ids"]), run.device, saved.channels_last
-            )
+            batch = run.loader.batch(entry["epoch"], entry["positions"], entry["ids"], world)
+            batch = to_device(batch, run.device, saved.channels_last)
             checkpoint.set_rng_state(entry["rng"], run.device)
             first.clear()
             loss = forward(run, batch, entry["seed"], rank=rank)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from tokenmix_kernels import tokenmix
 from tokenmix_kernels.reference import pool_tokens
@@ -41,8 +39,7 @@ def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
     args, data = run.args, run.data
     if args.mixer not in ("tokenmix", "cutmix"):
         return None
-    items = list(islice(iter(run.loader.order), max(rows, args.batch_size)))
-    batch = to_device(default_collate([run.loader.samples[item] for item in items]), run.device)
+    batch = to_device(run.loader.preview(max(rows, args.batch_size)), run.device)
     places = run.evidence(batch)
     patch = run.mix.settings.patch_size
     mixed = tokenmix(
@@ -58,12 +55,12 @@ def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
     )
     masks = mixed.mask.cpu()  # [B, Gh, Gw]
     weights = mixed.weights.cpu()  # [B, 2]
-    partner = torch.arange(len(items)).flip(0)
+    partner = torch.arange(len(batch.labels)).flip(0)
     area = masks.float().mean((1, 2))
     areas = torch.stack([1 - area, area], 1)
     evidence = token_evidence(places, batch.labels, (masks.shape[1], masks.shape[2]))
     chosen = (weights - areas).abs().sum(1).argsort(descending=True, stable=True)
-    first_of_pair = [int(i) for i in chosen if data.labels and int(batch.labels[i]) != int(batch.labels[partner[i]])]
+    first_of_pair = [int(i) for i in chosen if int(batch.labels[i]) != int(batch.labels[partner[i]])]
     shown = (first_of_pair + [int(i) for i in chosen if int(i) not in first_of_pair])[:rows]
 
     images, outputs = to_pixels(batch.images.float() / 255), to_pixels(mixed.images)

@@ -85,7 +85,8 @@ def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, ra
     """The evidence that --maps, --teacher and --online ask for; makes what is not in the cache yet.
 
     Raises:
-        ValueError: the maps are those of another data set, or the teacher does not know its classes.
+        ValueError: the maps are those of another data set, the teacher does not know its classes, or maps
+            would have to be kept for images without ids.
     """
     warped = args.aa != "none"
     # CutMix is by area, unless a teacher or a bank is asked for.
@@ -93,8 +94,11 @@ def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, ra
     if args.mixer in ("none", "mixup") or args.maps == "area" or (args.maps is None and name is None):
         return Evidence()
     if args.maps is not None:
+        need_index(args, data)
         return open_bank(Path(args.maps), data, device, warped)
     assert name is not None
+    if not args.online or args.probe:
+        need_index(args, data)
     # The first process makes maps and probe, the others find them in the cache.
     evidence = None
     if rank == 0:
@@ -102,6 +106,20 @@ def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, ra
     if dist.is_initialized():
         dist.barrier()
     return evidence or _teacher_evidence(args, name, data, device, warped)
+
+
+def need_index(args: argparse.Namespace, data: Data) -> None:
+    """Make sure that images and labels can be asked for by id, as banks, offline teachers and probes do.
+
+    Raises:
+        ValueError: the data is a stream, or does not list its labels.
+    """
+    if data.stream or not data.labels:
+        reason = "is a stream without ids" if data.stream else "does not list its labels"
+        raise ValueError(
+            f"--data {args.data} {reason}: a map bank, an offline teacher or --probe cannot be used; "
+            "use --teacher NAME --online, or --maps area"
+        )
 
 
 def open_bank(path: Path, data: Data, device: torch.device, warped: bool) -> BankEvidence:
@@ -144,6 +162,7 @@ def make_teacher(args: argparse.Namespace, data: Data, device: torch.device) -> 
     name = args.teacher or (LITE0 if args.data == "elpv" else None)
     if name is None:
         raise ValueError("--teacher must name a timm model")
+    need_index(args, data)
     return _fit(args, data, device, *_load(args, name, data))
 
 
@@ -158,7 +177,7 @@ class _Loaded(NamedTuple):
 
 def _load(args: argparse.Namespace, name: str, data: Data) -> tuple[_Loaded, Path]:
     """The teacher as it comes, and the name of its bank, in which everything that its maps depend on has a part."""
-    probe = args.data != "imagefolder" if args.probe is None else args.probe
+    probe = args.data in ("elpv", "cifar10", "cifar100") if args.probe is None else args.probe
     weights = weights_file(name, args.teacher_weights)
     model: Any = load_teacher(name, weights)
     if not probe and model.num_classes != len(data.classes):

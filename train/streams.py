@@ -1,0 +1,174 @@
+"""Streams: training and validation batches of timm's iterable readers (WebDataset, TFDS, HF streaming).
+
+A reader has an order of its own and gives each loader process its shards, so there are no ids to ask for. What can
+be exact is: an epoch's batches depend on the seed, the epoch and the numbers of processes and workers only. Workers
+are therefore started anew for every epoch, from a seed of the epoch's own, and each makes the same number of batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import operator
+from collections.abc import Iterator
+from copy import copy
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from tokenmix_kernels.transforms import EvalTransform, TrackedTransform
+
+from .data import Batch, Data, seeded
+
+REPEATS = 3  # of each image with --repeated-aug, as timm's RepeatAugSampler
+
+
+class Stream:
+    """A split as timm's IterableImageDataset reads it; images pass once per epoch and cannot be asked for."""
+
+    targets: tuple[int, ...] = ()  # not known before they pass
+
+    def __init__(self, images: Any, num_classes: int, name: str) -> None:
+        self.images = images
+        self.num_classes = num_classes
+        self.name = name
+
+    def __len__(self) -> int:
+        return int(self.images.reader.num_samples)
+
+    def share(self, rank: int, world: int, workers: int) -> Stream:
+        """The same split for one of several processes; the reader shards it among them and their workers."""
+        part = copy(self)
+        part.images, part.images.reader = copy(self.images), copy(self.images.reader)
+        part.images.reader.dist_rank, part.images.reader.dist_num_replicas = rank, world
+        part.images.set_loader_cfg(num_workers=workers)
+        return part
+
+    def read(self) -> Iterator[tuple[Image.Image, int]]:
+        """(image, label) of the samples of this worker.
+
+        Raises:
+            ValueError: a target is not the number of a class.
+        """
+        for image, target in self.images:
+            try:
+                label = operator.index(target)
+            except TypeError:
+                raise ValueError(f"--data {self.name} has the target {target!r}, not a class number") from None
+            if not 0 <= label < self.num_classes:
+                raise ValueError(f"--data {self.name} has the label {label}, not one of {self.num_classes} classes")
+            yield image, label
+
+
+class TrainStream(IterableDataset[Batch]):
+    """Augmented samples of one process; each depends on seed, epoch, rank, worker and its place in the worker."""
+
+    def __init__(
+        self, source: Stream, transform: TrackedTransform, args: argparse.Namespace, rank: int, world: int, steps: int
+    ) -> None:
+        self.source, self.transform = source, transform
+        self.seed, self.batch_size, self.repeats = args.seed, args.batch_size, REPEATS if args.repeated_aug else 1
+        self.rank, self.world, self.steps = rank, world, steps
+        self.epoch, self.first = 0, 0  # first batch of every worker that is made
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        assert worker is not None
+        count = self.steps // worker.num_workers * self.batch_size
+        repeated = (sample for sample in self.source.read() for _ in range(self.repeats))
+        place = -1
+        for place, (image, label) in enumerate(islice(repeated, count)):
+            batch, row = divmod(place, self.batch_size)
+            if batch < self.first:
+                continue
+            with seeded(self.seed, self.epoch, self.rank, worker.id, place):
+                pixels, geometry = self.transform(image)
+            step = batch * worker.num_workers + worker.id
+            position = (step * self.batch_size + row) * self.world + self.rank
+            yield Batch(pixels, label, geometry.box, geometry.flip, geometry.affine, position, position)
+        if place + 1 < count:
+            raise ValueError(
+                f"worker {worker.id} of process {self.rank} found {place + 1} of its {count} samples: --data "
+                f"{self.source.name} needs a shard for each of the {self.world * worker.num_workers} workers "
+                "(--num-workers x processes), or has fewer samples than it says"
+            )
+
+
+class EvalStream(IterableDataset[tuple[Tensor, int]]):
+    """Validation images of one process, resized and cropped; over all processes and workers each comes once."""
+
+    def __init__(self, source: Stream, transform: EvalTransform) -> None:
+        self.source, self.transform = source, transform
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        # With several processes readers repeat or drop samples to give all the same number. Once its shards are
+        # chosen, a reader that believes to be alone reads just them, to their end.
+        reader = self.source.images.reader
+        reader._lazy_init()
+        reader.dist_num_replicas = 1
+        for image, label in self.source.read():
+            yield self.transform(image)[0], label
+
+
+class StreamBatches:
+    """What EpochLoader gives, from streams.
+
+    Attributes:
+        steps: batches in an epoch of this process, a multiple of its workers; readers fill up the last ones.
+        eval_loader: (images [B, 3, S, S] uint8, labels [B] int64) of this process's share.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        args: argparse.Namespace,
+        transform: TrackedTransform,
+        eval_transform: EvalTransform,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.data, self.args, self.rank = data, args, rank
+        self.transform, self.eval_transform = transform, eval_transform
+        self.last_epoch = 0
+        # Readers shard among workers; without one some of them would give every process the same samples.
+        self.workers = max(1, args.num_workers)
+        source = data.train.share(rank, world, self.workers)
+        self.steps = len(source.images) // args.batch_size
+        self.samples = TrainStream(source, transform, args, rank, world, self.steps)
+        self.loader = self._loader(self.samples, drop_last=True)
+        self.eval_loader = self._loader(EvalStream(data.val.share(rank, world, self.workers), eval_transform))
+
+    def _loader(self, samples: IterableDataset[Any], drop_last: bool = False) -> DataLoader[Any]:
+        return DataLoader(
+            samples,
+            self.args.batch_size,
+            drop_last=drop_last,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from a step on; the images before it are read, not augmented."""
+        self.last_epoch = epoch
+        self.samples.source.images.set_epoch(epoch)
+        self.samples.epoch = epoch
+        # Batches come from the workers in turn, so all begin in one round, of which the first batches are past.
+        self.samples.first, past = divmod(first_step, self.workers)
+        with seeded(self.args.seed, epoch, self.rank):
+            self.loader.generator.manual_seed(int(torch.randint(2**62, ())))
+        return islice(iter(self.loader), past, None)
+
+    def batch(self, epoch: int, positions: Tensor, world: int) -> Batch:
+        """A batch of any process of a run of `world` processes again; reads the epoch up to it."""
+        place, rank = divmod(int(positions[0]), world)
+        others = StreamBatches(self.data, self.args, self.transform, self.eval_transform, rank, world)
+        return next(others.epoch(epoch, place // self.args.batch_size))
+
+    def preview(self, count: int) -> Batch:
+        """The first samples of the last epoch, in whole batches."""
+        batches = islice(self.epoch(self.last_epoch), -(-count // self.args.batch_size))
+        return Batch(*(torch.cat(fields) for fields in zip(*batches, strict=True)))
