@@ -49,11 +49,28 @@ class Photographs(Dataset[Any]):
         return self.transform(Image.open(file).convert("RGB")), index
 
 
-def epoch(loader: DataLoader[Any], seed: int) -> float:
-    """Seconds of one pass; the seed decides what is drawn, with and without workers."""
+def start_from(seed: int) -> None:
+    """Put the generators that transforms draw from to a state that the seed decides."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+def check(transforms: dict[str, Any], images: int = 16) -> None:
+    """Raise RuntimeError unless both transforms make the same images from the same random numbers."""
+    made = []
+    for transform in transforms.values():
+        start_from(0)
+        photographs = Photographs(images, transform)
+        made.append([photographs[n][0] for n in range(images)])
+    for one, (pixels, _) in zip(*made, strict=True):
+        if not np.array_equal(one, pixels.numpy()):
+            raise RuntimeError("timm's images and ours differ: the comparison would be of different work")
+
+
+def epoch(loader: DataLoader[Any], seed: int) -> float:
+    """Seconds of one pass; the seed decides what is drawn, with and without workers."""
+    start_from(seed)
     begin = time.perf_counter()
     for _ in loader:
         pass
@@ -83,6 +100,7 @@ def measure(workers: int, images: int, rounds: int, batch: int = 128, show: bool
         "timm": timm_transform(),
         "ours": tracked_transform(224, **RECIPE),
     }
+    check(transforms)
     loaders = {
         name: DataLoader(Photographs(images, transform), batch, num_workers=workers, persistent_workers=workers > 0)
         for name, transform in transforms.items()

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import count, cpu, gpu, growth, growth_counts, host
+from bench import count, cpu, gpu, growth, growth_counts, host, loader
 from bench import table as tables
 from bench.__main__ import main as bench
 from bench.registry import CASES, IMPLEMENTATIONS, Case, Implementation, Inputs, Ready, make_inputs, ready
 from tokenmix_kernels import TopKMaps, kernels, tokenmix
+from tokenmix_kernels.transforms import tracked_transform
 
 TINY = CASES["tiny"]
 ON_CPU = [one for one in IMPLEMENTATIONS if one.device in ("", "cpu")]
@@ -223,6 +224,38 @@ def test_a_table_says_what_misses_its_bar() -> None:
     assert "**no**" in second
     with pytest.raises(SystemExit, match="kind must be one of"):
         tables.table({"kind": "other"})
+
+
+def test_loaders_are_compared_on_the_same_images() -> None:
+    transforms = {"timm": loader.timm_transform(), "ours": tracked_transform(224, **loader.RECIPE)}
+    loader.check(transforms, images=6)
+    others = transforms | {"ours": tracked_transform(224, **loader.RECIPE | {"hflip": 1.0})}
+    with pytest.raises(RuntimeError, match="differ"):
+        loader.check(others, images=6)
+
+
+def test_a_round_of_loaders_is_a_line_of_the_table() -> None:
+    row = loader.measure(workers=0, images=4, rounds=3, batch=2, show=False)
+    assert row["ratio_p20"] <= row["ratio_p50"] <= row["ratio_p80"]
+    record = {
+        "kind": "loader", "command": "python -m bench loader", "machine": {"versions": {}, "gpu": "none"},
+        "source": loader.SOURCE, "rounds": 3, "rows": [row | {"ratio_p50": 1.03}, row | {"ratio_p50": 1.01}],
+    }  # fmt: skip
+    first, second = (line for line in tables.table(record).splitlines() if line.startswith("| 0 |"))
+    assert "> 1.02 **fail**" in first
+    assert "≤ 1.02" in second
+
+
+@pytest.mark.parametrize("name", ["mixers", "study"])
+def test_the_trainer_s_results_are_tables_too(name: str) -> None:
+    record = json.loads((Path(__file__).parents[1] / "train" / "results" / f"{name}.json").read_text())
+    lines = tables.table(record).splitlines()
+    for one in record["mixers"] if name == "mixers" else record["runs"]:
+        line = next(line for line in lines if line.startswith(f"| {one} |"))
+        if name == "study":
+            tops = [run["top1"] for run in record["runs"][one]]
+            assert f"| {sum(tops) / len(tops):.1f} ±" in line
+    assert record["command"] in lines[-1]
 
 
 def test_counting_needs_a_simulator(tmp_path: Path) -> None:
