@@ -455,4 +455,4 @@ class EpochLoader:
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images [B, 3, S, S] uint8, labels [B] int64) of this process's share, each image once."""
-        return iter(self.stream.eval_loader if self.stream else self.eval_loader)
+        return self.stream.validation() if self.stream else iter(self.eval_loader)

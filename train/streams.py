@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from tokenmix_kernels.transforms import EvalTransform, TrackedTransform
 
@@ -63,8 +63,36 @@ class Stream:
             yield image, label
 
 
-class TrainStream(IterableDataset[Batch]):
-    """Augmented samples of one process; each depends on seed, epoch, rank, worker and its place in the worker."""
+class WorkerStream(IterableDataset[Any]):
+    """Whole batches of one worker, or the sentence that says why there are no more.
+
+    Loaders wait long for workers that raised, and put tracebacks around the sentence: `checked` raises it instead.
+    """
+
+    def batches(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.batches()
+        except (ValueError, RuntimeError) as error:
+            yield str(error)
+
+
+def checked(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches of workers.
+
+    Raises:
+        ValueError: one of them came upon an error.
+    """
+    for batch in batches:
+        if isinstance(batch, str):
+            raise ValueError(batch)
+        yield batch
+
+
+class TrainStream(WorkerStream):
+    """Augmented batches of one process; a sample depends on seed, epoch, rank, worker and its place in the worker."""
 
     def __init__(
         self, source: Stream, transform: TrackedTransform, args: argparse.Namespace, rank: int, world: int, steps: int
@@ -74,43 +102,47 @@ class TrainStream(IterableDataset[Batch]):
         self.rank, self.world, self.steps = rank, world, steps
         self.epoch, self.first = 0, 0  # first batch of every worker that is made
 
-    def __iter__(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         worker = get_worker_info()
         assert worker is not None
-        count = self.steps // worker.num_workers * self.batch_size
         repeated = (sample for sample in self.source.read() for _ in range(self.repeats))
-        place = -1
-        for place, (image, label) in enumerate(islice(repeated, count)):
-            batch, row = divmod(place, self.batch_size)
-            if batch < self.first:
-                continue
-            with seeded(self.seed, self.epoch, self.rank, worker.id, place):
-                pixels, geometry = self.transform(image)
-            step = batch * worker.num_workers + worker.id
-            position = (step * self.batch_size + row) * self.world + self.rank
-            yield Batch(pixels, label, geometry.box, geometry.flip, geometry.affine, position, position)
-        if place + 1 < count:
-            raise ValueError(
-                f"worker {worker.id} of process {self.rank} found {place + 1} of its {count} samples: --data "
-                f"{self.source.name} needs a shard for each of the {self.world * worker.num_workers} workers "
-                "(--num-workers x processes), or has fewer samples than it says"
-            )
+        for number in range(self.steps // worker.num_workers):
+            step = number * worker.num_workers + worker.id
+            read, samples = 0, []
+            for row, (image, label) in enumerate(islice(repeated, self.batch_size)):
+                read += 1
+                if number < self.first:
+                    continue
+                with seeded(self.seed, self.epoch, self.rank, worker.id, number * self.batch_size + row):
+                    pixels, geometry = self.transform(image)
+                position = (step * self.batch_size + row) * self.world + self.rank
+                samples.append(Batch(pixels, label, geometry.box, geometry.flip, geometry.affine, position, position))
+            if read < self.batch_size:
+                raise ValueError(
+                    f"worker {worker.id} of process {self.rank} found {number * self.batch_size + read} of its "
+                    f"{self.steps // worker.num_workers * self.batch_size} samples: --data {self.source.name} needs a "
+                    f"shard for each of the {self.world * worker.num_workers} workers (--num-workers x processes), "
+                    "or has fewer samples than it says"
+                )
+            if number >= self.first:
+                yield default_collate(samples)
 
 
-class EvalStream(IterableDataset[tuple[Tensor, int]]):
-    """Validation images of one process, resized and cropped; over all processes and workers each comes once."""
+class EvalStream(WorkerStream):
+    """Validation batches of one process, resized and cropped; over all processes and workers each image comes once."""
 
-    def __init__(self, source: Stream, transform: EvalTransform) -> None:
-        self.source, self.transform = source, transform
+    def __init__(self, source: Stream, transform: EvalTransform, batch_size: int) -> None:
+        self.source, self.transform, self.batch_size = source, transform, batch_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+    def batches(self) -> Iterator[Any]:
         # With several processes readers repeat or drop samples to give all the same number. Once its shards are
         # chosen, a reader that believes to be alone reads just them, to their end.
         reader = self.source.images.reader
         reader._lazy_init()
         reader.dist_num_replicas = 1
-        for image, label in self.source.read():
-            yield self.transform(image)[0], label
+        samples = ((self.transform(image)[0], label) for image, label in self.source.read())
+        while batch := list(islice(samples, self.batch_size)):
+            yield default_collate(batch)
 
 
 class StreamBatches:
@@ -118,7 +150,6 @@ class StreamBatches:
 
     Attributes:
         steps: batches in an epoch of this process, a multiple of its workers; readers fill up the last ones.
-        eval_loader: (images [B, 3, S, S] uint8, labels [B] int64) of this process's share.
     """
 
     def __init__(
@@ -138,14 +169,14 @@ class StreamBatches:
         source = data.train.share(rank, world, self.workers)
         self.steps = len(source.images) // args.batch_size
         self.samples = TrainStream(source, transform, args, rank, world, self.steps)
-        self.loader = self._loader(self.samples, drop_last=True)
-        self.eval_loader = self._loader(EvalStream(data.val.share(rank, world, self.workers), eval_transform))
+        self.loader = self._loader(self.samples)
+        val = data.val.share(rank, world, self.workers)
+        self.eval_loader = self._loader(EvalStream(val, eval_transform, args.batch_size))
 
-    def _loader(self, samples: IterableDataset[Any], drop_last: bool = False) -> DataLoader[Any]:
+    def _loader(self, stream: WorkerStream) -> DataLoader[Any]:
         return DataLoader(
-            samples,
-            self.args.batch_size,
-            drop_last=drop_last,
+            stream,
+            batch_size=None,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
@@ -160,7 +191,11 @@ class StreamBatches:
         self.samples.first, past = divmod(first_step, self.workers)
         with seeded(self.args.seed, epoch, self.rank):
             self.loader.generator.manual_seed(int(torch.randint(2**62, ())))
-        return islice(iter(self.loader), past, None)
+        return islice(checked(iter(self.loader)), past, None)
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images [B, 3, S, S] uint8, labels [B] int64) of this process's share."""
+        return checked(iter(self.eval_loader))
 
     def batch(self, epoch: int, positions: Tensor, world: int) -> Batch:
         """A batch of any process of a run of `world` processes again; reads the epoch up to it."""
