@@ -131,6 +131,9 @@ def test_samples_are_those_of_the_reader_each_with_its_own_crop(shards: Path) ->
     assert torch.cat([batch.labels for batch in seen]).tolist() == [number % CLASSES for number in numbers(seen)]
     assert numbers(seen) != list(range(72)), "not shuffled"
     assert len(torch.cat([batch.boxes for batch in seen]).unique(dim=0)) > 70
+    batches = loader(stream(shards, Path("unused"), *PLAIN, "--batch-size", "6"))
+    shares = {frozenset(numbers(list(batches.epoch(epoch))[::2])) for epoch in range(4)}
+    assert len(shares) > 1, "a worker has the same shards in every epoch"
     three = list(loader(stream(shards, Path("unused"), *PLAIN, "--batch-size", "6", "--repeated-aug")).epoch(0))
     places = numbers(three[::2])  # of one worker
     assert len(places) == 36 and places == [number for number in places[::3] for _ in range(3)]

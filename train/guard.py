@@ -13,7 +13,7 @@ from . import checkpoint
 from .data import to_device
 
 if TYPE_CHECKING:
-    from .loop import Run
+    from .run import Run
 
 
 class NonFiniteLoss(RuntimeError):
@@ -39,7 +39,8 @@ def replay(args: argparse.Namespace) -> None:
     state = checkpoint.load(args.replay)
     saved = argparse.Namespace(**{**vars(args), **state["args"], "device": args.device, "output": args.output})
     saved.compile = False
-    from .loop import build, forward  # the loop itself imports this file
+    from .loop import forward  # the loop itself imports this file
+    from .run import build
 
     run = build(saved)
     run.model.load_state_dict(state["model"])

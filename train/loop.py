@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import random
 import time
 from contextlib import nullcontext
@@ -271,7 +272,9 @@ def finish(run: Run, progress: Progress, timer: StepTimer, seconds: float) -> No
         if f"{name}_top1" in record:
             top5 = f", top-5 {record[f'{name}_top5']:.1f} %" if f"{name}_top5" in record else ""
             print(f"  {title:<18} top-1 {record[f'{name}_top1']:.1f} %{top5}")
-    print(f"  {'largest class':<18} {100 * run.data.majority():.1f} % (what always guessing it would give)\n")
+    if not math.isnan(majority := run.data.majority()):
+        print(f"  {'largest class':<18} {100 * majority:.1f} % (what always guessing it would give)")
+    print()
     print(timer.table())
     use_ema = run.ema is not None and record.get("ema_top1", -1.0) >= record.get("val_top1", -1.0)
     weights = run.ema.module.state_dict() if run.ema and use_ema else run.model.state_dict()

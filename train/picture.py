@@ -17,7 +17,7 @@ from tokenmix_kernels.reference import pool_tokens
 from .data import to_device
 
 if TYPE_CHECKING:
-    from .loop import Run
+    from .run import Run
 
 OWN, PARTNER, INK = "#2b6cb0", "#dd6b20", "#222222"
 COLUMNS = ("image", "its evidence", "partner", "its evidence", "mask", "mixed image", "weights of the target")
