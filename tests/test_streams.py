@@ -266,7 +266,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_timm_folder_gives_the_batches_of_imagefolder(folder: Path, tmp_path: Path) -> None:
-    settings = ["--num-workers", "0", "--maps", str(make_bank(tmp_path / "maps.bank", ImageFolder(folder / "train")))]
+    bank = make_bank(tmp_path / "maps.bank", ImageFolder(folder / "train"))
+    settings = ["--no-repeated-aug", "--maps", str(bank)]
     one = parse(tiny(folder, tmp_path / "one", *settings))
     other = parse(tiny(folder, tmp_path / "other", *settings, "--data", "timm:folder"))
     ours, timms = load_data(one), load_data(other)

@@ -190,6 +190,8 @@ class TimmImages(Dataset[tuple[Image.Image, int]]):
         reader = getattr(images, "reader", images)
         if hasattr(reader, "iter_targets"):
             found = list(reader.iter_targets())
+        elif hasattr(reader, "label_key"):  # hfds in timm 1.0.15
+            found = list(reader.dataset[reader.label_key])
         elif hasattr(reader, "targets"):
             found = reader.targets
         else:
