@@ -183,6 +183,8 @@ def test_a_run_equals_itself_and_the_one_that_was_stopped(
         assert state["step"] % 2 == 1
     assert state["epoch"] == 1
     monkeypatch.undo()
+    other = stream(shards, outputs[2], *settings, "--resume", "auto", "--num-workers", "3")
+    assert "--num-workers 2 (now 3)" in message(ValueError, lambda: train(parse(other)))
     train(parse(stream(shards, outputs[2], *settings, "--resume", "auto")))
     assert_same_run(outputs[0], outputs[2])
 

@@ -218,6 +218,9 @@ def resume(run: Run, path: Path) -> Progress:
         for key in IDENTITY
         if state["args"][key] != now[key]
     ]
+    # A stream's batches depend on its workers.
+    if run.data.stream and state["args"]["num_workers"] != now["num_workers"]:
+        other.append(f"--num-workers {state['args']['num_workers']} (now {now['num_workers']})")
     if state["world"] != run.world:
         other.append(f"{state['world']} process(es) (now {run.world})")
     if other:
