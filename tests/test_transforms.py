@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 timm_data = pytest.importorskip("timm.data", reason="needs the extra 'maps'")
 
-from PIL import Image  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 from timm.data.auto_augment import AugmentOp  # noqa: E402
 
 from tokenmix_kernels.transforms import (  # noqa: E402
@@ -82,8 +82,9 @@ def test_images_are_those_of_timm(config, interpolation):
         re_prob=0.0, normalize=False,
     )  # fmt: skip
     for step in theirs.transforms:
-        for operation in getattr(step, "ops", None) or sum(getattr(step, "policy", []), []):
-            if operation.name.startswith("Posterize"):  # 0 bits are black in Pillow 12, an error in Pillow 13
+        operations = getattr(step, "ops", None) or [op for steps in getattr(step, "policy", []) for op in steps]
+        for operation in operations:
+            if getattr(operation, "name", "").startswith("Posterize"):  # 0 bits: black in Pillow 12, an error in 13
                 operation.aug_fn = lambda image, bits, **_: ImageOps.posterize(image, max(1, bits))
     flips = 0
     for seed in range(12):
