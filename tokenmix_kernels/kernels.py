@@ -1022,6 +1022,7 @@ def constants(
         not plain, has_mixup or mask_type == CUTMIX, in_place,
     )  # fmt: skip
     drawn_lam = planned.lam < 0
+    uneven = settings.patch_size & (settings.patch_size - 1)
     return {
         **cut._asdict(),
         "C": channels, "H": height, "W": width, "P": settings.patch_size,
@@ -1043,8 +1044,8 @@ def constants(
         # A contracted multiply-add would round Mixup and the sampling positions differently from the reference.
         "enable_fp_fusion": False,
         # 1,024 threads fit a multiprocessor, and the assembler keeps what it has to keep in registers, not in memory.
-        # Grids of many rows need more for their masks.
-        **({} if torch.version.hip else {"maxnreg": 64 if cut.WORDS <= 16 else 128}),
+        # Masks of many rows beside lines that are not a power of two need more.
+        **({} if torch.version.hip else {"maxnreg": 64 if cut.WORDS <= 16 or uneven == 0 else 128}),
     }  # fmt: skip
 
 
