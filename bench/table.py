@@ -202,7 +202,7 @@ def mixers_table(record: dict[str, Any]) -> str:
 
 
 def mean_and_deviation(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
 def study_table(record: dict[str, Any]) -> str:
