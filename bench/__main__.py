@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from pathlib import Path
 
 import torch
@@ -15,9 +16,11 @@ COMMANDS = {
     "loader": "time DeiT's training transform by timm and by this package, in a loader",
     "growth": "time a call on the CPU against batch, image size, grid and classes",
     "count": "count registers, memory accesses and instructions of the compiled kernel in a PTX simulator",
+    "simulate": "simulate the compiled kernel's time on models of an A100 and an H100",
     "growth_counts": "count against batch, image size, grid and classes in a PTX simulator",
     "table": "print result files as Markdown tables",
 }
+MODULES = {"simulate": "ptx.simulate"}
 
 
 def run_all(parser: argparse.ArgumentParser, folder: Path) -> None:
@@ -31,7 +34,7 @@ def run_all(parser: argparse.ArgumentParser, folder: Path) -> None:
         print("no GPU: timed on the CPU alone")
     for arguments in results.values():
         print("python -m bench " + " ".join(arguments))
-        asked = parser.parse_args(arguments)
+        asked = parser.parse_args(given)
         asked.run(asked)
 
 
@@ -40,8 +43,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--all", action="store_true", help="run everything that this machine has")
     parser.add_argument("--out", dest="folder", type=Path, default=Path("runs/bench"), help="folder of --all's results")
     commands = parser.add_subparsers(dest="command")
+    given = sys.argv[1:] if arguments is None else arguments
     for name, text in COMMANDS.items():
-        module = importlib.import_module(f"bench.{name}")
+        if name not in given and "--all" not in given:  # not imported: some take seconds
+            commands.add_parser(name, help=text)
+            continue
+        module = importlib.import_module(f"bench.{MODULES.get(name, name)}")
         command = commands.add_parser(name, help=text, description=(module.__doc__ or "").splitlines()[0])
         module.add_arguments(command)
         command.set_defaults(run=module.main)
