@@ -1,5 +1,6 @@
 """The launch of the mix for a case: the one place in `bench` that knows how the package builds it."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from tokenmix_kernels.settings import Settings
 
 from .cases import SEED, Case, Inputs, make_inputs, settings_of
 
-__all__ = ["Launch", "Outputs", "difference", "expected", "launch_of"]
+__all__ = ["Cut", "Launch", "Outputs", "cut_of", "difference", "expected", "launch_of", "programs_of", "recut", "run"]
 
 
 class Outputs(NamedTuple):
@@ -79,6 +80,41 @@ def launch_of(case: Case, device: torch.device | str = "cpu", offset: int = 0) -
     )  # fmt: skip
     options = {name: args.pop(name) for name in kernels.OPTIONS if name in args}
     return Launch(kernels.mix_kernel, grid, args, options, inputs, before, out, offset, settings)
+
+
+class Cut(NamedTuple):
+    """How a launch is cut up: grid rows of tokens that a program moves, and its warps."""
+
+    rows: int
+    warps: int
+
+
+def cut_of(launch: Launch) -> Cut:
+    """How a launch is cut up."""
+    return Cut(launch.args["ROWS"], launch.options["num_warps"])
+
+
+def recut(launch: Launch, cut: Cut) -> Launch:
+    """The launch cut up in another way; rows are spread evenly over as many programs as `cut` needs."""
+    token_rows = launch.args["H"] // launch.args["P"]
+    for_targets = launch.args["PROGRAMS"] - -(-token_rows // launch.args["ROWS"])
+    programs = -(-token_rows // min(cut.rows, token_rows))
+    batch = launch.grid[0] // launch.args["PROGRAMS"]
+    args = {**launch.args, "ROWS": -(-token_rows // programs), "PROGRAMS": programs + for_targets}
+    return launch._replace(
+        grid=(batch * args["PROGRAMS"],), args=args, options={**launch.options, "num_warps": cut.warps}
+    )
+
+
+def run(launch: Launch) -> None:
+    """Launch on the device."""
+    launch.kernel[launch.grid](**launch.args, **launch.options)
+
+
+def programs_of(launch: Launch) -> tuple[int, Callable[[int], tuple[int, bool]]]:
+    """How a launch is cut up: programs of an image, and for a program its image and whether it moves pixels."""
+    programs = launch.args["PROGRAMS"]
+    return programs, lambda program: (program // programs, program % programs < programs - 2)
 
 
 def expected(launch: Launch) -> Outputs:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..cases import SIMULATED, Case
 from ..launch import difference, launch_of
 from ..machine import describe, write_json
-from .baselines import Baselines, baseline_of
+from .copies import Baselines, baseline_of
 from .simulator import Simulator, load_simulator
 
 __all__ = ["BARS", "CARDS", "NOMINAL", "add_arguments", "main", "simulate_case"]
