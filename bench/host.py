@@ -4,8 +4,6 @@ No GPU is needed. Triton gets a driver that names a target and a stream but no d
 so what is left of a bare launch is Triton's own work in Python: binding the arguments, their specialisation, the cache.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import time

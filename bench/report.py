@@ -1,7 +1,5 @@
 """Print a result file as the README's Markdown table."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics
