@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from tokenmix_kernels import kernels, reference
+from tokenmix_kernels.inputs import Evidence
+from tokenmix_kernels.kernels.groups import Results
 from tokenmix_kernels.settings import Settings
 
 from .cases import SEED, Case, Inputs, make_inputs, settings_of
@@ -74,12 +76,19 @@ def launch_of(case: Case, device: torch.device | str = "cpu", offset: int = 0) -
         torch.full((case.batch, 2), float("nan"), device=device),
         torch.ones(case.batch, *case.grid, dtype=torch.bool, device=device),
     )
-    grid, args = kernels.arguments(
-        images, out.images, inputs.labels, None, *inputs.maps, inputs.boxes, None, torch.tensor(SEED), offset,
-        out.targets, out.weights, out.mask, tuple(images.shape), settings, torch.device(device),
+    results = Results(out.targets, out.weights, out.mask, None)
+    ready = kernels.prepare(
+        images, out.images, inputs.labels, None, evidence_of(inputs), None, torch.tensor(SEED), offset, settings, results,
+        tuple(images.shape), torch.device(device),
     )  # fmt: skip
-    options = {name: args.pop(name) for name in kernels.OPTIONS if name in args}
-    return Launch(kernels.mix_kernel, grid, args, options, inputs, before, out, offset, settings)
+    return Launch(
+        kernels.mix_kernel, ready.grid, ready.arguments, ready.options, inputs, before, out, offset, settings
+    )
+
+
+def evidence_of(inputs: Inputs) -> Evidence:
+    """The maps and boxes of a batch as one."""
+    return Evidence(*inputs.maps, boxes=inputs.boxes)
 
 
 class Cut(NamedTuple):
@@ -91,18 +100,20 @@ class Cut(NamedTuple):
 
 def cut_of(launch: Launch) -> Cut:
     """How a launch is cut up."""
-    return Cut(launch.args["ROWS"], launch.options["num_warps"])
+    return Cut(launch.args["TILE"].ROWS, launch.options["num_warps"])
 
 
 def recut(launch: Launch, cut: Cut) -> Launch:
     """The launch cut up in another way; rows are spread evenly over as many programs as `cut` needs."""
-    token_rows = launch.args["H"] // launch.args["P"]
-    for_targets = launch.args["PROGRAMS"] - -(-token_rows // launch.args["ROWS"])
+    token_rows, tile = launch.args["GRID"].GH, launch.args["TILE"]
+    for_targets = tile.PROGRAMS - -(-token_rows // tile.ROWS)
     programs = -(-token_rows // min(cut.rows, token_rows))
-    batch = launch.grid[0] // launch.args["PROGRAMS"]
-    args = {**launch.args, "ROWS": -(-token_rows // programs), "PROGRAMS": programs + for_targets}
+    batch = launch.grid[0] // tile.PROGRAMS
+    tile = tile._replace(ROWS=-(-token_rows // programs), PROGRAMS=programs + for_targets)
     return launch._replace(
-        grid=(batch * args["PROGRAMS"],), args=args, options={**launch.options, "num_warps": cut.warps}
+        grid=(batch * tile.PROGRAMS,),
+        args={**launch.args, "TILE": tile},
+        options={**launch.options, "num_warps": cut.warps},
     )
 
 
@@ -113,18 +124,18 @@ def run(launch: Launch) -> None:
 
 def programs_of(launch: Launch) -> tuple[int, Callable[[int], tuple[int, bool]]]:
     """How a launch is cut up: programs of an image, and for a program its image and whether it moves pixels."""
-    programs = launch.args["PROGRAMS"]
+    programs = launch.args["TILE"].PROGRAMS
     return programs, lambda program: (program // programs, program % programs < programs - 2)
 
 
 def expected(launch: Launch) -> Outputs:
     """Compute what a launch must write, by the reference."""
     images = torch.empty_like(launch.out.images)
-    targets, mask, weights = reference.mix(
-        launch.before, launch.inputs.labels, images, None, *launch.inputs.maps, launch.inputs.boxes, None,
-        torch.tensor(SEED), launch.offset, launch.settings,
+    result = reference.mix(
+        launch.before, images, launch.inputs.labels, None, evidence_of(launch.inputs), None, torch.tensor(SEED),
+        launch.offset, launch.settings,
     )  # fmt: skip
-    return Outputs(images, targets, weights, mask)
+    return Outputs(images, result.targets, result.weights, result.mask)
 
 
 def difference(launch: Launch) -> tuple[bool, float]:

@@ -50,7 +50,7 @@ def count_case(ptxsim: Any, case: Case, arch: int, pairs: int = PAIRS) -> dict[s
             parts = set(name.split("/"))
             if parts & {"images", "out"}:
                 moved += SECTOR * (sectors["read_sectors"] + sectors["written_sectors"])
-            elif "targets" in parts:
+            elif "results" in parts:
                 written += SECTOR * sectors["written_sectors"]
     image_bytes = launch.before[0].numel() * launch.before.element_size()
     return {

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .draw import draw, partner_of
+from .groups import Pixels
 from .pixels import mix_rows
 from .targets import write_targets
 
@@ -12,7 +13,10 @@ __all__ = ["mix_kernel"]
 
 @triton.jit(do_not_specialize=["seed", "seed_high", "sample_offset", "batch"])
 def mix_kernel(
-    pixels,  # groups.Pixels, or None: no images
+    images,  # [B, C, H, W], or None: no pixels
+    out,  # of the same shape, `images` itself in place
+    strides,  # groups.Strides
+    normalisation,  # groups.Normalisation
     pairs,  # groups.Pairs
     evidence,  # groups.EvidencePointers
     mask,  # bytes [B, GH, GW] where it is given
@@ -46,7 +50,8 @@ def mix_kernel(
         drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, MASK_RULE, GRID, RULE)
         if side >= 0:
             write_targets(pairs, evidence, results, i, j, side, drawn, smoothing, GRID, RULE, MAPS)
-        elif pixels is not None:
+        elif images is not None:
+            pixels = Pixels(images, out, strides.images, strides.out, normalisation.mean, normalisation.rstd)
             drawn_j = drawn
             if LAYOUT.IN_PLACE and RULE.DRAW_EACH:
                 drawn_j = draw(seed, seed_high, sample_offset, j, i, mask, plan, tables, MASK_RULE, GRID, RULE)

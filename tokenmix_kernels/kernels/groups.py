@@ -11,8 +11,8 @@ from ..settings import BATCH, COPY, MIXUP, PAIR
 from ..tables import BETA_BITS, RATIO_BITS
 
 __all__ = [
-    "CONST", "Draw", "EvidencePointers", "Grid", "Layout", "MapForm", "Pairs", "Pixels", "Results", "Rule", "Tables",
-    "Tile",
+    "CONST", "Draw", "EvidencePointers", "Grid", "Layout", "MapForm", "Normalisation", "Pairs", "Pixels", "Results",
+    "Rule", "Strides", "Tables", "Tile",
 ]  # fmt: skip
 
 
@@ -48,6 +48,20 @@ class Pixels(NamedTuple):
     out: Any
     images_stride: Any
     out_stride: Any
+    mean: Any
+    rstd: Any
+
+
+class Strides(NamedTuple):
+    """Batch strides of images and out."""
+
+    images: Any
+    out: Any
+
+
+class Normalisation(NamedTuple):
+    """Mean and 1 / std [C] fp32 (or None)."""
+
     mean: Any
     rstd: Any
 

@@ -26,7 +26,7 @@ from ..settings import (
 from ..tables import device_table
 from . import draw
 from .fused import mix_kernel
-from .groups import EvidencePointers, Grid, Layout, MapForm, Pairs, Pixels, Results, Rule, Tables, Tile
+from .groups import EvidencePointers, Grid, Layout, MapForm, Normalisation, Pairs, Results, Rule, Strides, Tables, Tile
 
 __all__ = ["Launch", "launch_shape", "mix", "pool_targets", "prepare", "token_mask"]
 
@@ -34,14 +34,14 @@ NO_STRIDES = (1, 1, 1, 1)
 
 
 class Launch(NamedTuple):
-    """A launch that is ready: mix_kernel[grid](*arguments, **options)."""
+    """A launch that is ready: `mix_kernel[grid](**arguments, **options)`."""
 
     grid: tuple[int]
-    arguments: tuple[Any, ...]
+    arguments: dict[str, Any]
     options: dict[str, Any]
 
     def run(self) -> None:
-        mix_kernel[self.grid](*self.arguments, **self.options)
+        mix_kernel[self.grid](**self.arguments, **self.options)
 
 
 class Fixed(NamedTuple):
@@ -50,9 +50,8 @@ class Fixed(NamedTuple):
     programs: int
     plan: Plan
     tables: Tables
-    mean: Tensor | None
-    rstd: Tensor | None
-    constants: tuple[Any, ...]
+    normalisation: Normalisation
+    constants: dict[str, Any]
     options: dict[str, Any]
 
 
@@ -100,10 +99,12 @@ def launch_shape(
 
 
 @lru_cache(maxsize=64)
-def normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Normalisation:
     """Mean and reciprocal standard deviation on a device, made once."""
+    if not mean:
+        return Normalisation(None, None)
     means, stds = (torch.tensor(numbers, dtype=torch.float32, device=device) for numbers in (mean, std))
-    return means, 1 / stds
+    return Normalisation(means, 1 / stds)
 
 
 @lru_cache(maxsize=1024)
@@ -149,7 +150,6 @@ def fixed_part(
         BOX_STEP=box_step,
         BOX_FORMAT=BOX_FORMATS.index(box_format),
     )
-    mean, rstd = normalisation(settings.mean, settings.std, device) if settings.mean else (None, None)
     tables = Tables(
         ratio=device_table("ratio", 0.0, device) if settings.mask_type == "block" else None,
         mixup=device_table("beta", settings.mixup_alpha, device) if has_mixup else None,
@@ -164,15 +164,15 @@ def fixed_part(
         # 1,024 threads fit a multiprocessor, and the assembler keeps what it has to keep in registers, not in memory.
         # Masks of many rows beside lines that are not a power of two need more.
         options["maxnreg"] = 64 if words <= 16 or not patch & (patch - 1) else 128
-    constants = (
-        getattr(draw, f"{settings.mask_type}_mask") if rule.whole_tokens else None,
-        Grid(height, width, patch, grid_h, grid_w, word_rows, words, area_bits(grid_h * grid_w)),
-        Layout(channels, sc, sh, sw, oc, oh, ow, nhwc, in_place),
-        tile,
-        rule_group,
-        maps_group,
-    )
-    return Fixed(tile.PROGRAMS, plan, tables, mean, rstd, constants, options)
+    constants = {
+        "MASK_RULE": getattr(draw, f"{settings.mask_type}_mask") if rule.whole_tokens else None,
+        "GRID": Grid(height, width, patch, grid_h, grid_w, word_rows, words, area_bits(grid_h * grid_w)),
+        "LAYOUT": Layout(channels, sc, sh, sw, oc, oh, ow, nhwc, in_place),
+        "TILE": tile,
+        "RULE": rule_group,
+        "MAPS": maps_group,
+    }
+    return Fixed(tile.PROGRAMS, plan, tables, normalisation(settings.mean, settings.std, device), constants, options)
 
 
 def address_alignment(*tensors: Tensor) -> int:
@@ -239,9 +239,6 @@ def prepare(
         seed_high = high
     else:
         seed_low, seed_high = seed, None
-    pixels = None
-    if images is not None:
-        pixels = Pixels(images, out, strides[0], out_strides[0], fixed.mean, fixed.rstd)
     pointers = EvidencePointers(
         maps,
         evidence.indices,
@@ -255,21 +252,24 @@ def prepare(
         0 if maps is None or evidence.ids is None else maps.shape[0],
         0 if evidence.indices is None else map_shape[0],
     )
-    arguments = (
-        pixels,
-        Pairs(labels, 1 if labels is None else labels.stride(0), partner),
-        pointers,
-        mask,
-        results,
-        fixed.tables,
-        fixed.plan,
-        seed_low,
-        seed_high,
-        sample_offset,
-        shape[0],
-        settings.label_smoothing,
-        *fixed.constants,
-    )
+    arguments = {
+        "images": images,
+        "out": out,
+        "strides": Strides(strides[0], out_strides[0]),
+        "normalisation": fixed.normalisation,
+        "pairs": Pairs(labels, 1 if labels is None else labels.stride(0), partner),
+        "evidence": pointers,
+        "mask": mask,
+        "results": results,
+        "tables": fixed.tables,
+        "plan": fixed.plan,
+        "seed": seed_low,
+        "seed_high": seed_high,
+        "sample_offset": sample_offset,
+        "batch": shape[0],
+        "smoothing": settings.label_smoothing,
+        **fixed.constants,
+    }
     return Launch((shape[0] * fixed.programs,), arguments, fixed.options)
 
 
