@@ -115,6 +115,11 @@ def record_baseline(simulator: Simulator, baseline: Baseline, arch: int, block: 
     return trace
 
 
+def source_of(module: Any) -> str:
+    """The source text of a module."""
+    return inspect.getsource(module)
+
+
 class Baselines:
     """Cycles of baseline kernels, simulated once and kept in a file.
 
@@ -125,7 +130,7 @@ class Baselines:
 
     def __init__(self, simulator: Simulator, path: Path) -> None:
         self.simulator, self.path = simulator, path
-        sources = [inspect.getsource(module) for module in simulator] + [Path(__file__).read_text(), triton.__version__]
+        sources = [source_of(module) for module in simulator] + [Path(__file__).read_text(), triton.__version__]
         self.digest = hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
 
     def cycles(
