@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tokenmix_kernels.bank import MapBankWriter
+from tokenmix_kernels.maps.bank import MapBankWriter
 from tokenmix_kernels.maps import folder_digest
 
 ROOT = Path(__file__).parents[1]

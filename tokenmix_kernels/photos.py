@@ -1,6 +1,8 @@
 """Image files as RGB images, the same for every reader of the library."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +12,7 @@ from .extras import require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageError", "open_image", "to_rgb"]
+__all__ = ["ImageError", "image_size", "open_image", "to_rgb"]
 
 # Largest value of 16 bits over that of 8 bits: 65535 / 255.
 WIDE = 257
@@ -78,14 +80,26 @@ def open_image(path: str | os.PathLike[str]) -> "Image":
         OSError: the system cannot read the file (it is missing, not permitted, on a failing disk), in the same words.
         ImportError: Pillow is missing; the message says how to install it.
     """
+    with opened(path) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Read (height, width) of an image file in pixels without decoding it. Errors as in `open_image`."""
+    with opened(path) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> "Iterator[Image]":
+    """The image in a file, not decoded yet; what goes wrong with it becomes an error that names the file."""
     images = require("PIL.Image")
     try:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 raise ValueError("it is empty")
-            image = images.open(file)
-            image.load()
-            return to_rgb(image)
+            yield images.open(file)
     except MemoryError:
         raise  # says nothing about the file
     except Exception as error:  # decoders raise nearly everything on broken files

@@ -18,9 +18,10 @@ functional = pytest.importorskip("torchvision.transforms.functional", reason="ne
 from PIL import Image  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
 
-from tokenmix_kernels.activation import ActivationTeacher, load_teacher  # noqa: E402
-from tokenmix_kernels.bank import MapBank, dataset_digest  # noqa: E402
-from tokenmix_kernels.maps import folder_digest, main  # noqa: E402
+from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher  # noqa: E402
+from tokenmix_kernels.maps.bank import MapBank, dataset_digest  # noqa: E402
+from tokenmix_kernels.maps import folder_digest  # noqa: E402
+from tokenmix_kernels.maps.__main__ import main  # noqa: E402
 
 SIZE = (96, 128)  # gives maps of 3x4
 # Threads that wait for each other spin, and tests often run on a machine that has other work.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tokenmix_kernels.activation import ActivationTeacher, load_teacher
+from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher
 
 timm = pytest.importorskip("timm", reason="needs the extra 'maps'")
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenmix_kernels.bank import MapBank, MapBankWriter, bank_size, dataset_digest
+from tokenmix_kernels.maps.bank import MapBank, MapBankWriter, bank_size, dataset_digest
 
 COUNT, GRID = 37, (5, 7)
 NAMES = [f"class/{i}.png" for i in range(COUNT)]
@@ -318,7 +318,7 @@ def test_a_killed_writer_has_recorded_nothing_that_is_not_there(tmp_path):
     script = textwrap.dedent(
         """
         import sys, torch
-        from tokenmix_kernels.bank import MapBankWriter
+        from tokenmix_kernels.maps.bank import MapBankWriter
         count, grid = 3000, (4, 4)
         labels = list(range(count))
         writer = MapBankWriter.create(sys.argv[1], count, grid, labels, None, "t", "d", save_every=0.0)
