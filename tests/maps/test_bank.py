@@ -116,13 +116,13 @@ def test_many_processes_read_one_file(bank):
 
 @pytest.mark.parametrize("ids", [[COUNT], [-1], [0, 2**40]])
 def test_ids_out_of_range(bank, ids):
-    with pytest.raises(ValueError, match=rf"ids must lie in \[0, {COUNT}\)"):
+    with pytest.raises(ValueError, match=rf"ids must be in \[0, {COUNT}\)"):
         bank.maps(torch.tensor(ids))
 
 
 @pytest.mark.parametrize("ids", [torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.tensor(3)])
 def test_ids_of_the_wrong_kind(bank, ids):
-    with pytest.raises(ValueError, match="ids must be int64 of shape"):
+    with pytest.raises(ValueError, match="ids must be an int64 tensor of shape"):
         bank.maps(ids)
 
 
@@ -281,9 +281,9 @@ def test_two_jobs_cannot_write_one_bank(tmp_path):
         ([0, 1], lambda maps: maps[1].fill_(float("nan")), "map of image 1 has NaN"),
         ([0, 1], lambda maps: maps[0, 0, 0].fill_(float("inf")), "map of image 0 has NaN or infinite"),
         ([4, 9], lambda maps: maps[1, 2, 2].fill_(-1e-3), "map of image 9 has negative"),
-        ([0, COUNT], None, "ids must lie in"),
-        ([-1, 0], None, "ids must lie in"),
-        ([0, 1, 2], None, r"maps must be \[3, 5, 7\], not \[2, 5, 7\]"),
+        ([0, COUNT], None, "ids must be in"),
+        ([-1, 0], None, "ids must be in"),
+        ([0, 1, 2], None, r"maps must be \[3, 5, 7\], got \[2, 5, 7\]"),
     ],
 )
 def test_bad_maps_are_not_written(tmp_path, ids, change, says):
@@ -299,7 +299,7 @@ def test_bad_maps_are_not_written(tmp_path, ids, change, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"count": 0, "labels": []}, "count must be at least 1"),
+        ({"count": 0, "labels": []}, "count must be a whole number of at least 1"),
         ({"grid": (0, 3)}, "grid must be"),
         ({"labels": LABELS[1:]}, "labels must be 37 integers"),
         ({"labels": [0.5] * COUNT}, "labels must be 37 integers"),

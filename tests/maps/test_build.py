@@ -1,4 +1,4 @@
-"""`python -m tokenmix_kernels.maps`: build, resume, convert, inspect, and what it says when it cannot."""
+"""`python -m tokenmix_kernels.maps build`: what it builds, how it resumes, and what it says when it cannot."""
 
 import os
 import re
@@ -15,68 +15,14 @@ import torch
 timm = pytest.importorskip("timm", reason="needs the extra 'maps'")
 functional = pytest.importorskip("torchvision.transforms.functional", reason="needs the extra 'maps'")
 
+from maps_helpers import ONE_THREAD, SIZE, build_arguments, expect_error, make_images  # noqa: E402
 from PIL import Image  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
 
-from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher  # noqa: E402
-from tokenmix_kernels.maps.bank import MapBank, dataset_digest  # noqa: E402
 from tokenmix_kernels.maps import folder_digest  # noqa: E402
 from tokenmix_kernels.maps.__main__ import main  # noqa: E402
-
-SIZE = (96, 128)  # gives maps of 3x4
-# Threads that wait for each other spin, and tests often run on a machine that has other work.
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def make_images(root, classes, count, seed=0):
-    generator = np.random.default_rng(seed)
-    for number in range(count):
-        folder = root / classes[number % len(classes)]
-        folder.mkdir(parents=True, exist_ok=True)
-        height, width = generator.integers(20, 60, 2)
-        coarse = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-        image = coarse.resize((int(width), int(height)), Image.Resampling.BICUBIC)
-        image = image.convert("L") if number % 5 == 0 else image
-        image.save(folder / f"image{number}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images"), ["a cat", "dog"], 23)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", pretrained=False, num_classes=2)
-    path = tmp_path_factory.mktemp("weights") / "teacher.pth"
-    torch.save(model.state_dict(), path)
-    return path
-
-
-def build_arguments(data, weights, out, **options):
-    arguments = ["build", str(data), "--model", "test_resnet", "--weights", str(weights), "--out", str(out)]
-    arguments += ["--size", str(SIZE[0]), str(SIZE[1])]
-    options = {"workers": 0, "batch-size": 4, **options}
-    for name, value in options.items():
-        arguments += [f"--{name}", str(value)]
-    return arguments
-
-
-def expect_error(capsys, arguments, says):
-    assert main([str(argument) for argument in arguments]) == 1
-    error = capsys.readouterr().err
-    assert re.search(says, error), error
-    assert error.splitlines()[-1].startswith("error: ")
+from tokenmix_kernels.maps.bank import MapBank, dataset_digest  # noqa: E402
+from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher  # noqa: E402
 
 
 def test_build(data, weights, tmp_path, capsys):
@@ -240,7 +186,7 @@ def test_build_says_what_is_wrong(data, weights, tmp_path, capsys):
     expect_error(capsys, [*good, "--weights", tmp_path / "no.pth"], "no weights file .*no.pth")
     expect_error(capsys, [*good, "--method", "attention"], "needs a vision transformer")
     expect_error(capsys, [*good, "--size", 64, 64, 64], "--size must be a side or height and width")
-    expect_error(capsys, [*good, "--mean", 0.5, 0.5], "--mean must be one number or three, not 2")
+    expect_error(capsys, [*good, "--mean", 0.5, 0.5], "--mean must be one number or three, got 2")
     assert not list(tmp_path.iterdir())
     assert main(good) == 0
     expect_error(capsys, good, "a.bank exists already: delete it or give another --out")
@@ -252,7 +198,7 @@ def test_build_with_a_vision_transformer_at_another_size(data, tmp_path, capsys)
     torch.save(model.state_dict(), tmp_path / "vit.pth")
     arguments = build_arguments(data, tmp_path / "vit.pth", tmp_path / "a.bank")
     arguments[arguments.index("test_resnet")] = "test_vit"
-    expect_error(capsys, [*arguments, "--size", 100], "multiples of the patch size 16x16 of test_vit, not 100x100")
+    expect_error(capsys, [*arguments, "--size", 100], "multiples of the patch size 16x16 of test_vit, got 100x100")
     assert main([*arguments, "--size", "64", "96"]) == 0
     bank = MapBank.open(tmp_path / "a.bank")
     assert bank.grid == (4, 6) and bank.teacher.startswith("test_vit (attention, 64x96 px")
@@ -282,142 +228,6 @@ def test_another_teacher_does_not_go_on_with_the_bank(data, weights, tmp_path, c
     expect_error(capsys, [*arguments, "--size", 96], "beginning of another bank")
 
 
-def label_map(own, label, k=3, seed=0):
-    """[2, k, h, w] as TokenLabeling stores it: the own label's values in changing places among the top k."""
-    generator = torch.Generator().manual_seed(seed)
-    h, w = own.shape
-    values = torch.randn(k, h, w, generator=generator)
-    others = [c for c in range(10) if c != label]
-    indices = torch.tensor(others)[torch.rand(k, h, w, len(others), generator=generator).argmax(-1)]
-    place = torch.randint(k, (h, w), generator=generator)
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    there = own != 0  # a zero stands for a position where the label is not among the top k
-    values[place[there], rows[there], columns[there]] = own[there]
-    indices[place[there], rows[there], columns[there]] = label
-    return torch.stack([values.half(), indices.half()])
-
-
-@pytest.fixture
-def label_maps(tmp_path):
-    """A data set, its label maps and the own-label maps that are in them."""
-    data = make_images(tmp_path / "images", ["a", "b", "c"], 9)
-    (data / "c" / "image2.png").rename(data / "c" / "image2.with.dots.png")
-    root = tmp_path / "labels"
-    expected = []
-    for number, (path, label) in enumerate(ImageFolder(str(data)).samples):
-        own = torch.randn(6, 5, generator=torch.Generator().manual_seed(100 + number)).half().float()
-        own[0, :3] = 0
-        if number == 4:
-            own.zero_()
-        target = root / os.path.basename(os.path.dirname(path)) / (os.path.basename(path).split(".")[0] + ".pt")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(label_map(own, label, seed=number), target)
-        expected.append(own.clamp(min=0))
-    return data, root, torch.stack(expected)
-
-
-def test_convert(label_maps, tmp_path, capsys):
-    data, root, expected = label_maps
-    out = tmp_path / "c.bank"
-    arguments = ["convert", str(root), "--data", str(data), "--out", str(out), "--workers", "0"]
-    assert main([*arguments, "--batch-size", "4", "--teacher", "nfnet"]) == 0
-    assert "9 maps of 6x5" in capsys.readouterr().out
-    bank = MapBank.open(out)
-    bank.check(digest=folder_digest(ImageFolder(str(data))))
-    assert bank.teacher == "nfnet (label maps, whole)"
-    found = bank.maps(torch.arange(9))
-    tolerance = expected.amax((1, 2), keepdim=True) * 0.5 / 255 + 1e-6
-    assert ((found - expected).abs() <= tolerance).all()
-    assert found[4].eq(0).all() and (expected.amax((1, 2)) > 0).sum() == 8
-
-
-def test_convert_of_maps_of_the_centre_square(tmp_path):
-    """A wide image: its outer columns are not covered, the inner ones show the map at half the width."""
-    (tmp_path / "images" / "a").mkdir(parents=True)
-    Image.new("RGB", (80, 40)).save(tmp_path / "images" / "a" / "x.png")
-    (tmp_path / "labels" / "a").mkdir(parents=True)
-    own = torch.ones(8, 8) * torch.tensor([1.0, 1, 1, 1, 3, 3, 3, 3])
-    torch.save(torch.stack([own, torch.zeros(8, 8)])[:, None], tmp_path / "labels" / "a" / "x.pt")
-    arguments = ["convert", tmp_path / "labels", "--data", tmp_path / "images", "--region", "centre"]
-    arguments += ["--out", tmp_path / "d.bank", "--workers", "0"]
-    assert main([str(argument) for argument in arguments]) == 0
-    found = MapBank.open(tmp_path / "d.bank").maps(torch.tensor([0]))[0]
-    # The square covers columns 2 to 5; bilinear between its columns 0|1, 2|3, 4|5, 6|7.
-    expected = torch.tensor([0.0, 0, 1, 1, 3, 3, 0, 0]).expand(8, 8)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
-
-
-@pytest.mark.parametrize(
-    ("entry", "says"),
-    [
-        (None, "there is no label map .*image3.pt for the image .*image3.png"),
-        (b"rubbish", "label map .*image3.pt cannot be read"),
-        (torch.zeros(3, 4, 6, 5), r"image3.pt must be \[2, k, h, w\].* not \[3, 4, 6, 5\]"),
-        ({"values": torch.zeros(2, 3, 6, 5)}, "image3.pt must be .* not dict"),
-        (torch.full((2, 3, 6, 5), float("nan")), "image3.pt has NaN"),
-        (torch.zeros(2, 3, 7, 5), "image3.pt is of 7x5, that of the first image of 6x5"),
-    ],
-    ids=["missing", "rubbish", "shape", "dict", "nan", "grid"],
-)
-def test_convert_names_the_file(label_maps, tmp_path, capsys, entry, says):
-    data, root, _ = label_maps
-    path = root / "a" / "image3.pt"
-    path.unlink()
-    if isinstance(entry, bytes):
-        path.write_bytes(entry)
-    elif entry is not None:
-        torch.save(entry, path)
-    arguments = ["convert", root, "--data", data, "--out", tmp_path / "e.bank", "--workers", 0]
-    expect_error(capsys, arguments, says)
-    assert not (tmp_path / "e.bank").exists()
-
-
-def test_convert_refuses_class_ids_that_half_precision_cannot_tell_apart(label_maps, tmp_path, capsys):
-    data, root, _ = label_maps
-    other = tmp_path / "map.txt"
-    other.write_text("a 0\nb 1\nc 2049\n")
-    arguments = ["convert", root, "--data", data, "--out", tmp_path / "f.bank", "--workers", 0]
-    expect_error(capsys, [*arguments, "--class-map", other], "class ids as torch.float16, too coarse for 2049")
-
-
-def test_inspect(data, weights, tmp_path, capsys):
-    out = tmp_path / "train.bank"
-    assert main(build_arguments(data, weights, out)) == 0
-    capsys.readouterr()
-    assert main(["inspect", str(out), "--data", str(data), "--verify", "--count", "5"]) == 0
-    printed = capsys.readouterr().out
-    for part in (
-        "23 of 3x4",
-        "test_resnet (cam",
-        MapBank.open(out).digest,
-        "correct",
-        "is the data set of the bank",
-    ):
-        assert part in printed
-    picture = np.asarray(Image.open(tmp_path / "train.bank.png").convert("RGB"))
-    # Five images and five overlays: coloured, not a white page.
-    assert picture.shape[1] > 2 * picture.shape[0] and (picture != 255).any(2).mean() > 0.2
-
-    assert main(["inspect", str(out), "--ids", "22", "0", "--out", str(tmp_path / "p.png")]) == 0
-    assert (tmp_path / "p.png").stat().st_size > 1000
-    expect_error(capsys, ["inspect", out, "--ids", 23], r"ids must lie in \[0, 23\)")
-    other = make_images(tmp_path / "other", ["a cat", "dog"], 22)
-    expect_error(capsys, ["inspect", out, "--data", other], "holds 23 maps, the data set has 22 images")
-    expect_error(capsys, ["inspect", tmp_path / "absent.bank"], "absent.bank")
-    (tmp_path / "foreign.bank").write_bytes(b"x" * 10000)
-    expect_error(capsys, ["inspect", tmp_path / "foreign.bank"], "foreign.bank is not a map bank")
-    content = bytearray(out.read_bytes())
-    content[4100] ^= 255
-    out.write_bytes(content)
-    expect_error(capsys, ["inspect", out, "--verify"], "is damaged: checksum")
-
-
-def test_the_digest_does_not_depend_on_where_the_data_lies(data, tmp_path):
-    moved = tmp_path / "elsewhere"
-    os.symlink(data, moved)
-    assert folder_digest(ImageFolder(str(moved))) == folder_digest(ImageFolder(str(data)))
-
-
 @pytest.mark.parametrize("library", ["timm", "torchvision", "tqdm"])
 def test_a_missing_library_is_named_with_its_extra(data, weights, tmp_path, capsys, monkeypatch, library):
     for name in [name for name in sys.modules if name.partition(".")[0] == library]:
@@ -436,7 +246,7 @@ def test_base_install_needs_none_of_the_extras():
         "for name in ('timm', 'torchvision', 'tqdm', 'matplotlib', 'PIL', 'safetensors'):\n"
         "    sys.modules[name] = None\n"
         "import tokenmix_kernels\n"
-        "from tokenmix_kernels import activation, bank, maps, transforms\n"
+        "from tokenmix_kernels import maps, photos, transforms\n"
         "try:\n"
         "    transforms.tracked_transform(32)\n"
         "except ImportError as error:\n"

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tokenmix_kernels import __version__
 
 from ..extras import require
 from ..photos import open_image
-from .folder import class_indices, files_digest, open_folder
+from .folder import class_indices, fingerprints, open_folder
 from .job import Job, Ranks, add_options, check_out, fill, whole
 from .teacher import METHODS, ActivationTeacher, load_teacher
 
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
                 "classes": hashlib.sha256(str(classes).encode()).hexdigest(),
                 "code": f"tokenmix_kernels {__version__}, timm {require('timm').__version__}",
             },
-            images=lambda: files_digest([path for path, _ in dataset.samples]),
+            fingerprints=lambda: fingerprints([path for path, _ in dataset.samples]),
             load=ResizedImages(dataset.samples, size, interpolation),
             blank=blank,
             to_maps=to_maps,
@@ -173,15 +174,17 @@ def pick_device(name: str | None, local: int) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps", "xpu"):
         hint = " (a GPU of NVIDIA or AMD is cuda)" if "gpu" in name.lower() else ""
         raise ValueError(f"--device must be {DEVICES}, got {name!r}{hint}")
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "xpu": torch.xpu.is_available}
+    available: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "xpu": torch.xpu.is_available,
+    }
     if device.type in available and not available[device.type]():
         raise ValueError(f"--device {name}: there is none on this machine that this torch can use; try --device cpu")
     if device.type == "cuda":
         index = local if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ValueError(
-                f"--device {name}: there are {torch.cuda.device_count()} GPUs, number {index} is asked for"
-            )
+            raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, number {index} is absent")
         device = torch.device("cuda", index)
     return device
 

@@ -15,7 +15,7 @@ from tokenmix_kernels import __version__
 
 from ..extras import require
 from ..photos import image_size
-from .folder import class_indices, files_digest, open_folder
+from .folder import class_indices, fingerprints, open_folder
 from .job import Job, Ranks, add_options, check_out, fill
 from .weights import read_tensors
 
@@ -27,8 +27,8 @@ def add_parser(commands: Any) -> None:
     convert = commands.add_parser(
         "convert",
         help="make a bank of TokenLabeling's or ReLabel's label maps",
-        description="Take the own label's map out of top-k label maps: one .pt file per image, FOLDER/class/image.pt, a "
-        "tensor [2, k, h, w] of values and class indices. The file of an image has its name up to the last dot, or, "
+        description="Take the own label's map out of top-k label maps: one .pt file per image, FOLDER/class/image.pt, "
+        "a tensor [2, k, h, w] of values and class indices. The file of an image has its name up to the last dot, or, "
         "as TokenLabeling writes it, up to the first. Negative values become zero; an image whose label is in no entry "
         "gets an all-zero map, whose target falls back to the area share.",
     )
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
                 "classes": hashlib.sha256(str(classes).encode()).hexdigest(),
                 "code": f"tokenmix_kernels {__version__}",
             },
-            images=lambda: files_digest([*(path for path, _ in dataset.samples), *files]),
+            fingerprints=lambda: fingerprints([path for path, _ in dataset.samples]) ^ fingerprints(files),
             load=load,
             blank=torch.zeros(h, w),
             to_maps=to_maps,

@@ -33,7 +33,7 @@ class Job(NamedTuple):
         grid: (h, w) of every map.
         teacher: name to note in the bank.
         inputs: what the maps depend on, by name; the same in every process.
-        images: digest of the image files, looked at by the first process only.
+        fingerprints: of the files that each map is made of, [N] uint32; called by the first process only.
         load: id to (content, (height, width) of the source image), called in the loader's workers.
         blank: content in the place of an image that is skipped.
         to_maps: (content [B, ...], ids [B]) to maps [B, h, w].
@@ -44,7 +44,7 @@ class Job(NamedTuple):
     grid: tuple[int, int]
     teacher: str
     inputs: Mapping[str, str]
-    images: Callable[[], str]
+    fingerprints: Callable[[], np.ndarray[Any, Any]]
     load: Callable[[int], tuple[Tensor, tuple[int, int]]]
     blank: Tensor
     to_maps: Callable[[Tensor, Tensor], Tensor]
@@ -99,11 +99,11 @@ def fill(job: Job, ranks: Ranks, args: argparse.Namespace) -> None:
     """Write the maps that are missing, each process its share of them, and finish the bank."""
     labels = [label for _, label in job.dataset.samples]
     if ranks.rank == 0:
-        inputs = {**job.inputs, "images": job.images()}
         writer = MapBankWriter.create(
             job.out, len(labels), job.grid, labels, None, job.teacher, folder_digest(job.dataset),
-            inputs=inputs, save_every=args.save_every,
+            inputs=job.inputs, save_every=args.save_every,
         )  # fmt: skip
+        check_images(job, writer)
         ranks.wait()
     else:
         ranks.wait()
@@ -120,6 +120,18 @@ def fill(job: Job, ranks: Ranks, args: argparse.Namespace) -> None:
                 raise ValueError(f"none of the {len(labels)} images can be read: there is nothing to make a bank of")
             summarise(writer.finish(), len(pending), time.monotonic() - start)
     ranks.wait()
+
+
+def check_images(job: Job, writer: MapBankWriter) -> None:
+    """Raise ValueError where an image has changed since its map was written."""
+    changed = writer.compare_images(job.fingerprints())
+    if len(changed):
+        writer.close()
+        first = job.dataset.samples[int(changed[0])][0]
+        raise ValueError(
+            f"{writer.partial} holds maps of {len(changed)} images that have changed since, the first is {first}: "
+            "delete it to start anew"
+        )
 
 
 def write_share(job: Job, writer: MapBankWriter, pending: Tensor, ranks: Ranks, args: argparse.Namespace) -> None:

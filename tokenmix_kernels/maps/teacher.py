@@ -32,9 +32,10 @@ METHODS = ("auto", "cam", "tokens", "attention")
 @contextmanager
 def plain_arithmetic(device: torch.device, bf16: bool = False) -> Iterator[None]:
     """Compute in the dtype of the operands, or in bf16, whatever autocast and matmul precision the caller has set."""
+    known: Any = torch.backends
     backends = {
-        "cpu": (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv),
-        "cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv),
+        "cpu": (known.mkldnn.matmul, known.mkldnn.conv),
+        "cuda": (known.cuda.matmul, known.cudnn.conv),
     }.get(device.type, ())
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -51,7 +52,7 @@ class ActivationTeacher(nn.Module):
     """A frozen classifier that gives the activation map of each image's own label.
 
     The model is put in eval mode and stays in it, its parameters stop requiring gradients, and nothing is recorded for
-    autograd. On a GPU the model runs under bf16 autocast, on a CPU in the dtype of its parameters; the maps are float32.
+    autograd. On a GPU the model runs under bf16 autocast, on a CPU in the dtype of its parameters; maps are float32.
     Autocast, default dtype, default device and float32 matmul precision of the caller have no influence.
 
     Args:

@@ -35,7 +35,8 @@ def read_tensors(path: str | os.PathLike[str], what: str = "weights file") -> An
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, a damaged one, or one that holds other objects: "the WHAT PATH cannot be read: WHY".
+        ValueError: not such a file, a damaged one, or one that holds other objects: "the WHAT PATH cannot be
+            read: WHY".
         ImportError: safetensors is needed and missing; the message says how to install it.
     """
     path = Path(path)
@@ -178,4 +179,4 @@ def load_teacher(
         ]
         raise ValueError(f"{weights} does not fit {name}: {', '.join(parts)}")
     model.load_state_dict(state)
-    return model  # type: ignore[no-any-return]
+    return model

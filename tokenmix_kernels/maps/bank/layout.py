@@ -17,6 +17,8 @@ A size of (0, 0) is not known; (-1, -1) marks an image that could not be read an
 
 An unfinished bank is called ``NAME.partial``, says ``complete: false`` and holds NaN as the scale of every image whose
 map is not written yet. That is the whole record of progress, so a writer that was killed continues where it stopped.
+Behind the sizes it has one more section, which is cut off at the end: ``prints`` [N] uint32, fingerprints of the source
+images, by which a writer knows that an image has changed since its map was written.
 """
 
 import hashlib
@@ -58,7 +60,7 @@ class Section(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def sections_of(count: int, grid: tuple[int, int]) -> dict[str, Section]:
+def sections_of(count: int, grid: tuple[int, int], unfinished: bool = False) -> dict[str, Section]:
     """The sections of a bank of `count` maps, in the order of the file."""
     sections: dict[str, Section] = {}
     offset = HEADER_SPACE
@@ -67,7 +69,8 @@ def sections_of(count: int, grid: tuple[int, int]) -> dict[str, Section]:
         ("scales", "<f4", (count,)),
         ("labels", "<i8", (count,)),
         ("sizes", "<i4", (count, 2)),
-    ):
+        ("prints", "<u4", (count,)),
+    )[: 5 if unfinished else 4]:
         sections[name] = Section(offset, np.dtype(dtype), shape)
         offset = -(-(offset + sections[name].nbytes) // ALIGN) * ALIGN
     return sections
@@ -76,6 +79,12 @@ def sections_of(count: int, grid: tuple[int, int]) -> dict[str, Section]:
 def bank_size(count: int, grid: tuple[int, int]) -> int:
     """Bytes of a finished bank of `count` maps of `grid` = (h, w)."""
     last = sections_of(int(count), (int(grid[0]), int(grid[1])))["sizes"]
+    return last.offset + last.nbytes
+
+
+def unfinished_size(count: int, grid: tuple[int, int]) -> int:
+    """Bytes of an unfinished bank."""
+    last = sections_of(count, grid, unfinished=True)["prints"]
     return last.offset + last.nbytes
 
 
@@ -143,7 +152,8 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has a damaged header: its checksum does not fit")
     metadata = parse_metadata(text, path)
     expected = bank_size(metadata["count"], metadata["grid"])
-    if length != expected:
+    # An unfinished bank without fingerprints was interrupted while it was finished.
+    if length != expected and (metadata["complete"] or length != unfinished_size(metadata["count"], metadata["grid"])):
         state = "truncated" if length < expected else "too long"
         raise ValueError(
             f"{path} is {state}: {length} bytes, a bank of {metadata['count']} maps of "

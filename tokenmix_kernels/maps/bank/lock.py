@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 __all__ = ["WriterLock"]
 
@@ -25,7 +26,7 @@ class WriterLock:
     """
 
     # Record locks do not exclude the process that holds them, and closing any descriptor of the file frees them.
-    held: set[str] = set()
+    held: ClassVar[set[str]] = set()
     guard = threading.Lock()
 
     def __init__(self, path: Path) -> None:

@@ -69,7 +69,7 @@ class MapBank:
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is not a map bank but a {'folder' if path.is_dir() else 'device'}")
         try:
-            file = open(path, "rb", buffering=0)  # noqa: SIM115: it stays open as long as the bank
+            file = open(path, "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError as error:
             raise FileNotFoundError(absent(path)) from error
         bank = cls()

@@ -1,8 +1,6 @@
 """Writing map banks, from one process or several, killed and resumed at any moment."""
 
 import os
-import secrets
-import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ...inputs import as_count
-from .layout import (
-    SKIPPED, Section, bank_size, compute_checksum, pack_header, partial_path, read_header, read_section, sections_of,
-)  # fmt: skip
+from . import layout
+from .files import begin, open_unfinished, remove_leftovers
 from .lock import WriterLock
 from .reader import MapBank
 
@@ -39,18 +36,19 @@ class MapBankWriter:
     def __init__(self, path: Path, lock: WriterLock | None, save_every: float) -> None:
         """Not called directly: `create` or `open_partial`."""
         self.path = path
-        self.partial = partial_path(path)
+        self.partial = layout.partial_path(path)
         self.lock = lock
         self.save_every = save_every
         self.file = open_unfinished(self.partial)
         try:
-            self.metadata = read_header(self.file, self.partial)
+            self.metadata = layout.read_header(self.file, self.partial)
         except ValueError as error:
             self.file.close()
             raise ValueError(f"{error}; delete it, or choose another name for the bank") from error
         self.grid: tuple[int, int] = (self.metadata["grid"][0], self.metadata["grid"][1])
-        self.sections = sections_of(self.metadata["count"], self.grid)
-        self.written = ~np.isnan(read_section(self.file, self.sections["scales"]))  # [N], by this or an earlier writer
+        self.sections = layout.sections_of(self.metadata["count"], self.grid)
+        # [N] bool, by this writer or by earlier ones
+        self.written = ~np.isnan(layout.read_section(self.file, self.sections["scales"]))
         self.unmarked: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         self.last_save = time.monotonic()
 
@@ -111,17 +109,16 @@ class MapBankWriter:
             "checksum": None,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        header = pack_header(metadata)
+        header = layout.pack_header(metadata)
         lock = WriterLock(path)
         try:
             if os.path.lexists(path):
                 raise FileExistsError(f"{path} exists already: delete it or choose another name")
-            partial = partial_path(path)
-            for leftover in path.parent.glob(f".{glob_name(path)}.*.tmp"):  # of writers that were killed
-                leftover.unlink(missing_ok=True)
+            partial = layout.partial_path(path)
+            remove_leftovers(path)
             if not os.path.lexists(partial):
-                sections = sections_of(count, grid)
-                begin(path, header, bank_size(count, grid), {
+                sections = layout.sections_of(count, grid, unfinished=True)
+                begin(path, header, layout.unfinished_size(count, grid), {
                     sections["scales"]: np.full(count, np.nan),
                     sections["labels"]: given_labels,
                     sections["sizes"]: np.zeros((count, 2)) if sizes is None else sizes.cpu().numpy(),
@@ -132,7 +129,7 @@ class MapBankWriter:
             raise
         try:
             writer.compare(metadata)
-            if not np.array_equal(read_section(writer.file, writer.sections["labels"]), given_labels):
+            if not np.array_equal(layout.read_section(writer.file, writer.sections["labels"]), given_labels):
                 raise ValueError(f"{partial} is the beginning of a bank with other labels: delete it to start anew")
         except BaseException:
             writer.close()
@@ -181,10 +178,30 @@ class MapBankWriter:
                 "or choose another name for the bank"
             )
 
+    def compare_images(self, prints: np.ndarray[Any, Any]) -> Tensor:
+        """Tell which source images have changed since their maps were written, and note the others' fingerprints.
+
+        Args:
+            prints: [N] uint32, a fingerprint of each source image, for instance of its size and modification time.
+
+        Returns:
+            [M] int64, ascending: images with a map and another fingerprint than when the file was begun or continued.
+        """
+        section = layout.sections_of(self.metadata["count"], self.grid, unfinished=True)["prints"]
+        if prints.shape != section.shape or prints.dtype != np.uint32:
+            raise ValueError(f"prints must be uint32 {list(section.shape)}, got {prints.dtype} {list(prints.shape)}")
+        if os.fstat(self.file.fileno()).st_size < section.offset + section.nbytes:
+            return torch.empty(0, dtype=torch.int64, device="cpu")  # every map is written, only the end is missing
+        known = layout.read_section(self.file, section)
+        changed = np.flatnonzero(self.written & (known != 0) & (known != prints))
+        if not len(changed):
+            self.pwrite(section.offset, np.where(self.written, known, prints).astype(section.dtype).tobytes())
+        return torch.from_numpy(changed.astype(np.int64))
+
     def pending(self) -> Tensor:
         """[M] int64, ascending: the images whose map no writer has recorded yet."""
         self.save()
-        scales = read_section(self.file, self.sections["scales"])
+        scales = layout.read_section(self.file, self.sections["scales"])
         return torch.from_numpy(np.flatnonzero(np.isnan(scales)).astype(np.int64))
 
     def write(self, ids: Tensor, maps: Tensor, sizes: Tensor | None = None) -> None:
@@ -227,7 +244,7 @@ class MapBankWriter:
         """
         rows = self.check_ids(ids)
         values = np.zeros((len(rows), *self.grid), np.uint8)
-        self.put_all(rows, values, np.zeros(len(rows), np.float32), np.full((len(rows), 2), SKIPPED))
+        self.put_all(rows, values, np.zeros(len(rows), np.float32), np.full((len(rows), 2), layout.SKIPPED))
 
     def check_ids(self, ids: Tensor) -> np.ndarray[Any, Any]:
         """The ids as an array [B], after the checks of `write`."""
@@ -282,8 +299,9 @@ class MapBankWriter:
                 f"{len(missing)} of {self.metadata['count']} maps are not written yet, "
                 f"the first is that of image {int(missing[0])}"
             )
-        checksum = compute_checksum(self.file, self.sections, self.partial)
-        os.pwrite(self.file.fileno(), pack_header({**self.metadata, "complete": True, "checksum": checksum}), 0)
+        checksum = layout.compute_checksum(self.file, self.sections, self.partial)
+        os.ftruncate(self.file.fileno(), layout.bank_size(self.metadata["count"], self.grid))
+        os.pwrite(self.file.fileno(), layout.pack_header({**self.metadata, "complete": True, "checksum": checksum}), 0)
         os.fsync(self.file.fileno())
         os.rename(self.partial, self.path)
         folder = os.open(self.path.parent, os.O_RDONLY)
@@ -317,8 +335,12 @@ class MapBankWriter:
     def put(self, name: str, row: int, content: np.ndarray[Any, Any]) -> None:
         """Store consecutive rows of a section."""
         section = self.sections[name]
-        data = memoryview(np.ascontiguousarray(content, section.dtype).tobytes())
         offset = section.offset + int(row) * (section.nbytes // self.metadata["count"])
+        self.pwrite(offset, np.ascontiguousarray(content, section.dtype).tobytes())
+
+    def pwrite(self, offset: int, content: bytes) -> None:
+        """Store bytes, all of them."""
+        data = memoryview(content)
         try:
             while data:
                 done = os.pwrite(self.file.fileno(), data, offset)
@@ -327,56 +349,6 @@ class MapBankWriter:
             raise OSError(
                 error.errno, f"{self.partial} cannot be written: {error.strerror}; maps recorded before are kept"
             ) from error
-
-
-def begin(path: Path, header: bytes, size: int, contents: dict[Section, np.ndarray[Any, Any]]) -> None:
-    """Make an unfinished bank with all its space reserved.
-
-    It is made under another name, which nobody can guess and prepare, so that a file called .partial is always whole.
-    """
-    partial = partial_path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        try:
-            with open(temporary, "xb") as file:  # "x": never an existing file or link
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk is found now, not after hours
-                else:
-                    file.truncate(size)
-                file.write(header)
-                for section, content in contents.items():
-                    file.seek(section.offset)
-                    file.write(content.astype(section.dtype).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(temporary, partial)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OSError(error.errno, f"{partial} ({size / 1e6:.1f} MB) cannot be written: {error.strerror}") from error
-
-
-def open_unfinished(partial: Path) -> Any:
-    """The unfinished bank, unbuffered, for reading and writing. Links and what is not a file are refused."""
-    try:
-        number = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(number).st_mode):
-            os.close(number)
-            raise ValueError(f"{partial} is not an unfinished bank: delete it, or choose another name for the bank")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no unfinished bank {partial}") from None
-    except OSError as error:
-        what = "a link" if partial.is_symlink() else "a folder" if partial.is_dir() else error.strerror
-        raise OSError(
-            error.errno, f"{partial} cannot be continued ({what}): delete it, or choose another name for the bank"
-        ) from error
-    return open(number, "r+b", buffering=0)
-
-
-def glob_name(path: Path) -> str:
-    """The file's name as a pattern that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path.name)
 
 
 def consecutive(rows: np.ndarray[Any, Any]) -> Iterator[tuple[int, int]]:
