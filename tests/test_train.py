@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 from torchvision.datasets import ImageFolder
+from train.study import extreme_tokens, replace_tokens
 from train_helpers import family, finish, make_bank, make_folder, start, tiny
 
 from tokenmix_kernels import TopKMaps, tokenmix
@@ -29,7 +30,6 @@ from train.loop import mixing_seed, train
 from train.picture import token_evidence
 from train.profile_mixers import PublishedWay, profile_mixers
 from train.run import build
-from train.study import extreme_tokens, replace_tokens
 from train.teacher import make_evidence, probe
 
 

@@ -1,12 +1,18 @@
 """The map bank: what was written comes back, at the promised size, or the file is refused with the reason."""
 
+import errno
 import hashlib
+import json
+import os
 import pickle
+import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -260,19 +266,132 @@ def test_several_writers_share_a_file(tmp_path):
         ({"teacher": "another"}, "teacher"),
         ({"digest": "another"}, "digest"),
         ({"labels": [0] * COUNT}, "other labels"),
+        ({"inputs": {"weights": "2", "mean": "0.5"}}, "weights was 1, is 2. Delete it"),
+        ({"inputs": {"weights": "1", "mean": "0.5", "std": "3"}}, "std was None, is 3"),
+        ({"inputs": None}, "weights was 1, is None; mean was 0.5, is None"),
     ],
 )
 def test_an_unfinished_bank_of_something_else_is_not_continued(tmp_path, changes, says):
-    create(tmp_path / "e.bank").close()
+    changes = {"inputs": {"weights": "1", "mean": "0.5"}} | changes
+    same = {"inputs": {"weights": "1", "mean": "0.5"}}
+    create(tmp_path / "e.bank", **same).close()
     with pytest.raises(ValueError, match=f"beginning of .*{says}"):
         create(tmp_path / "e.bank", **changes)
-    create(tmp_path / "e.bank").close()  # and it is left as it was
+    create(tmp_path / "e.bank", **same).close()  # and it is left as it was
 
 
-def test_two_jobs_cannot_write_one_bank(tmp_path):
-    with create(tmp_path / "f.bank"), pytest.raises(BlockingIOError, match="another process is writing"):
-        create(tmp_path / "f.bank")
-    create(tmp_path / "f.bank").close()
+def test_a_second_process_with_another_teacher_cannot_join(tmp_path):
+    with create(tmp_path / "e.bank", inputs={"weights": "1", "mean": "0.5"}) as writer:
+        MapBankWriter.open_partial(tmp_path / "e.bank", inputs={"weights": "1"}).close()
+        with pytest.raises(ValueError, match="beginning of another bank: weights was 1, is 2"):
+            MapBankWriter.open_partial(tmp_path / "e.bank", inputs={"weights": "2"})
+        writer.write(torch.arange(COUNT), random_maps())
+        assert writer.finish().metadata["inputs"] == {"weights": "1", "mean": "0.5"}
+
+
+def test_changed_images_are_told_from_repaired_ones(tmp_path):
+    prints = np.arange(COUNT, dtype=np.uint32) + 1
+    with create(tmp_path / "e.bank") as writer:
+        assert not len(writer.compare_images(prints))
+        writer.write(torch.arange(10), random_maps()[:10])
+    changed = prints.copy()
+    changed[[12, 20]] += 100  # no maps yet: a broken image that was repaired
+    with create(tmp_path / "e.bank") as writer:
+        assert not len(writer.compare_images(changed))
+        writer.write(torch.arange(10, 15), random_maps()[10:15])
+    with create(tmp_path / "e.bank") as writer:
+        assert not len(writer.compare_images(changed))
+        assert writer.compare_images(prints).tolist() == [12]
+        with pytest.raises(ValueError, match="prints must be uint32"):
+            writer.compare_images(prints[1:])
+        writer.write(torch.arange(15, COUNT), random_maps()[15:])
+        bank = writer.finish()
+    bank.verify()
+    assert bank.path.stat().st_size == bank_size(COUNT, GRID)
+
+
+def test_a_writer_killed_while_it_finishes_can_finish_again(tmp_path, monkeypatch):
+    """Every map is written and the fingerprints are cut off, but the header does not say so yet."""
+    with create(tmp_path / "e.bank") as writer:
+        writer.compare_images(np.ones(COUNT, np.uint32))
+        writer.write(torch.arange(COUNT), random_maps())
+        writer.save()
+        monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish()
+        monkeypatch.undo()
+    with create(tmp_path / "e.bank") as writer:
+        assert not len(writer.compare_images(np.full(COUNT, 2, np.uint32))) and not len(writer.pending())
+        writer.finish().verify()
+
+
+def test_the_second_writer_is_told_who_holds_the_lock(tmp_path):
+    path = tmp_path / "f.bank"
+    holder = rf"f\.bank is being written by process {os.getpid()} on {socket.gethostname()}"
+    with create(path):
+        with pytest.raises(BlockingIOError, match=holder):
+            create(path)
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+            assert re.search(rf"{holder} since \d", pool.submit(try_to_create, path).result())
+    create(path).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["f.bank.partial"]
+
+
+def try_to_create(path):
+    try:
+        create(path).close()
+        return "created"
+    except BlockingIOError as error:
+        return str(error)
+
+
+def race(path, start, results):
+    start.wait()
+    try:
+        writer = create(path)
+        results.put(os.getpid())
+        start.wait()  # both have tried
+        writer.close()
+    except BlockingIOError:
+        results.put(None)
+        start.wait()
+
+
+def test_of_two_writers_that_begin_at_once_one_wins(tmp_path):
+    context = get_context("fork")
+    for attempt in range(10):
+        start, results = context.Barrier(2), context.Queue()
+        pair = [context.Process(target=race, args=(tmp_path / f"{attempt}.bank", start, results)) for _ in range(2)]
+        for process in pair:
+            process.start()
+        found = [results.get(timeout=60) for _ in pair]
+        for process in pair:
+            process.join()
+        assert found.count(None) == 1, found
+    assert {p.suffix for p in tmp_path.iterdir()} == {".partial"}
+
+
+def test_the_lock_of_a_killed_writer_is_free_though_its_workers_live(tmp_path):
+    script = (
+        "import os, sys, time\n"
+        "from tokenmix_kernels.maps.bank import MapBankWriter\n"
+        "writer = MapBankWriter.create(sys.argv[1], 3, (2, 2), [0, 1, 2], None, 't', 'd')\n"
+        "child = os.fork()\n"
+        "if child: print(child, flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    path = tmp_path / "k.bank"
+    process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    try:
+        with pytest.raises(BlockingIOError, match=f"written by process {process.pid} on "):
+            MapBankWriter.create(path, 3, (2, 2), [0, 1, 2], None, "t", "d")
+        process.kill()
+        process.wait()
+        MapBankWriter.create(path, 3, (2, 2), [0, 1, 2], None, "t", "d").close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        process.stdout.close()
 
 
 @pytest.mark.parametrize(
@@ -283,6 +402,7 @@ def test_two_jobs_cannot_write_one_bank(tmp_path):
         ([4, 9], lambda maps: maps[1, 2, 2].fill_(-1e-3), "map of image 9 has negative"),
         ([0, COUNT], None, "ids must be in"),
         ([-1, 0], None, "ids must be in"),
+        ([5, 5], None, "ids must be different, got 5 2 times"),
         ([0, 1, 2], None, r"maps must be \[3, 5, 7\], got \[2, 5, 7\]"),
     ],
 )
@@ -347,6 +467,222 @@ def test_a_killed_writer_has_recorded_nothing_that_is_not_there(tmp_path):
     ids = torch.arange(3000)
     expected = torch.where(ids < done, ids + 1.0, 0.0)[:, None, None].expand(-1, 4, 4)
     torch.testing.assert_close(bank.maps(ids), expected, rtol=1e-6, atol=0)
+
+
+def test_a_map_is_written_once(tmp_path):
+    """Else a kill between new values and their scale would leave a map that is neither of the two."""
+    with create(tmp_path / "g.bank") as writer:
+        writer.write(torch.tensor([7, 3]), torch.ones(2, *GRID))
+        for _ in range(2):
+            with pytest.raises(ValueError, match="ids must be of images without a map: that of 3 is written"):
+                writer.write(torch.tensor([2, 3]), torch.ones(2, *GRID))
+            writer.save()
+    with create(tmp_path / "g.bank") as writer, pytest.raises(ValueError, match="that of 7 is written"):
+        writer.skip(torch.tensor([7]))
+
+
+def test_skipped_images_have_no_map_and_are_listed(tmp_path):
+    with create(tmp_path / "g.bank", sizes=None) as writer:
+        writer.skip(torch.tensor([30, 4]))
+        rest = writer.pending()
+        assert len(rest) == COUNT - 2
+        writer.write(rest, random_maps()[rest] + 1, torch.ones(len(rest), 2))
+        bank = writer.finish()
+    assert bank.skipped.tolist() == [4, 30] and bank.sizes[4].tolist() == [-1, -1]
+    assert bank.maps(torch.tensor([4, 30])).eq(0).all() and bank.maps(torch.tensor([5])).gt(0).all()
+
+
+def test_a_bank_replaced_while_it_is_opened_is_the_old_or_the_new_one(tmp_path):
+    """Banks whose labels and digest agree, swapped by rename as fast as it goes."""
+    for number in (1, 2):
+        with create(tmp_path / f"{number}.bank", labels=[number] * COUNT, digest=str(number)) as writer:
+            writer.write(torch.arange(COUNT), torch.full((COUNT, *GRID), float(number)))
+            writer.finish()
+    path, stop = tmp_path / "now.bank", threading.Event()
+    os.link(tmp_path / "1.bank", path)
+
+    def swap():
+        while not stop.is_set():
+            for number in (2, 1):
+                os.link(tmp_path / f"{number}.bank", tmp_path / "next.bank")
+                os.replace(tmp_path / "next.bank", path)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        for _ in range(1500):
+            bank = MapBank.open(path)
+            assert {str(int(bank.labels[0])), str(round(float(bank.maps(torch.tensor([0])).max())))} == {bank.digest}
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_worker_does_not_take_another_bank_for_the_pickled_one(bank, tmp_path):
+    pickled = pickle.dumps(bank)
+    assert torch.equal(pickle.loads(pickled).values, bank.values)
+    with create(tmp_path / "new.bank", teacher="another") as writer:
+        writer.write(torch.arange(COUNT), random_maps(seed=1))
+        writer.finish()
+    before = bank.values.clone()
+    os.replace(tmp_path / "new.bank", bank.path)
+    assert torch.equal(bank.values, before)  # who has it open keeps the old one
+    bank.verify()
+    with pytest.raises(ValueError, match="holds another bank than the one that was pickled"):
+        pickle.loads(pickled)
+
+
+def test_a_bank_truncated_while_open_is_an_error_and_no_signal(bank):
+    resident = MapBank.open(bank.path, device="cpu")
+    os.truncate(bank.path, 5000)
+    for look in (lambda: bank.maps(torch.tensor([0])), bank.check, bank.verify):
+        with pytest.raises(ValueError, match=r"a\.bank was truncated while it was open: 5000 of .* renaming another"):
+            look()
+    assert resident.maps(torch.tensor([0])).shape == (1, *GRID)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"[1, 2]", "TypeError"),
+        (b"{}", "KeyError 'grid'"),
+        (b"null", "TypeError"),
+        (b"\xff", "UnicodeDecodeError"),
+        (b"[" * 3000, "foreign header"),
+        ({"count": -5}, "count is '-5'"),
+        ({"count": 1.5}, "count is '1.5'"),
+        ({"count": True}, "count is 'True'"),
+        ({"grid": [5]}, "grid is"),
+        ({"grid": "57"}, "grid is"),
+        ({"grid": [5, 0]}, "grid is"),
+        ({"teacher": None}, "teacher is 'None'"),
+        ({"complete": 1}, "complete is '1'"),
+        ({"checksum": "x"}, "checksum is 'x'"),
+        ({"checksum": None}, "checksum is 'None'"),
+        ({"count": 10**15}, "count is"),
+    ],
+)
+def test_foreign_headers_with_a_right_checksum_are_refused(bank, text, says):
+    if isinstance(text, dict):
+        text = json.dumps(bank.metadata | text).encode()
+    content = bytearray(bank.path.read_bytes())
+    head = struct.pack("<8sIII", content[:8], 1, len(text), zlib.crc32(text)) + text
+    content[: len(head)] = head
+    bank.path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.bank has a foreign header: .*{says}" if says[0] != "f" else says):
+        MapBank.open(bank.path)
+
+
+def test_places_that_are_no_files_are_refused(tmp_path):
+    (tmp_path / "folder.bank").mkdir()
+    os.mkfifo(tmp_path / "pipe.bank")
+    for name, what in (("folder.bank", "folder"), ("pipe.bank", "device")):
+        with pytest.raises(ValueError, match=f"{name} is not a map bank but a {what}"):
+            MapBank.open(tmp_path / name)
+        with pytest.raises(FileExistsError, match=f"{name} exists already"):
+            create(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent for a\.bank"):
+        create(tmp_path / "absent" / "a.bank")
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe", "rubbish", "empty"])
+def test_what_is_planted_as_the_unfinished_bank_is_refused_and_left_alone(tmp_path, kind):
+    partial, victim = tmp_path / "p.bank.partial", tmp_path / "victim"
+    victim.write_bytes(b"precious" * 10000)
+    if kind == "link":
+        partial.symlink_to(victim)
+    elif kind == "folder":
+        partial.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(partial)
+    else:
+        partial.write_bytes(b"x" * 9000 if kind == "rubbish" else b"")
+    with pytest.raises((ValueError, OSError), match=r"p\.bank\.partial.*delete it, or choose another name"):
+        create(tmp_path / "p.bank")
+    assert victim.read_bytes() == b"precious" * 10000 and os.path.lexists(partial)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.bank.partial", "victim"]
+
+
+def test_a_planted_lock_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".p.bank.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=r"\.p\.bank\.lock cannot be locked"):
+        create(tmp_path / "p.bank")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path):
+    names = [".q[1].bank.0123456789abcdef.tmp", ".other.bank.0123456789abcdef.tmp", ".q1.bank.0123456789abcdef.tmp"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    create(tmp_path / "q[1].bank").close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:], "q[1].bank.partial"])
+
+
+def create_in_little_space(path):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+    try:
+        create(path)
+    except OSError as error:
+        return str(error)
+
+
+def test_no_space_is_found_before_the_work(tmp_path):
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        says = pool.submit(create_in_little_space, tmp_path / "r.bank").result()
+    assert re.search(r"r\.bank\.partial \(0\.0 MB\) cannot be written: File too large", says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_gets_full_keeps_what_was_recorded(tmp_path, monkeypatch):
+    maps = random_maps()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (
+        pytest.raises(OSError, match=r"r\.bank\.partial cannot be written: No space left"),
+        create(tmp_path / "r.bank") as writer,
+    ):
+        writer.write(torch.arange(10), maps[:10])
+        writer.save()
+        writer.write(torch.arange(10, 12), maps[10:12])
+        monkeypatch.setattr(os, "pwrite", full)
+        writer.write(torch.arange(12, 20), maps[12:20])
+    monkeypatch.undo()
+    with create(tmp_path / "r.bank") as writer:
+        assert writer.pending().tolist() == list(range(10, COUNT))
+
+
+def test_numbers_may_come_from_numpy(tmp_path):
+    grid = (np.int64(GRID[0]), np.int32(GRID[1]))
+    labels = [np.int64(label) for label in LABELS]
+    with create(tmp_path / "n.bank", count=np.int64(COUNT), grid=grid, labels=labels) as writer:
+        writer.write(torch.arange(COUNT), random_maps())
+        bank = writer.finish()
+    bank.check(count=np.int64(COUNT), labels=np.array(LABELS), digest=DIGEST)
+
+
+def test_state_of_the_process_has_no_influence(tmp_path):
+    def content(name):
+        with create(tmp_path / name, sizes=None) as writer:
+            ids = writer.pending()
+            writer.write(ids, maps, sizes)
+            bank = writer.finish()
+        found = bank.maps(ids)
+        assert found.dtype == torch.float32 and found.device.type == "cpu"
+        return bank.path.read_bytes()[4096:], found.tolist()
+
+    maps, sizes = random_maps(), torch.ones(COUNT, 2)
+    expected = content("a")
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            assert content("b") == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.gpu

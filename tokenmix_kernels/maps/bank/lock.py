@@ -26,17 +26,17 @@ class WriterLock:
     """
 
     # Record locks do not exclude the process that holds them, and closing any descriptor of the file frees them.
-    held: ClassVar[set[str]] = set()
+    held: ClassVar[set[tuple[int, str]]] = set()  # (process, lock file): a forked child holds none
     guard = threading.Lock()
 
     def __init__(self, path: Path) -> None:
         self.name = str(path.parent.resolve() / f".{path.name}.lock")
         self.owner = os.getpid()
         with self.guard:
-            if self.name in self.held:
+            if (self.owner, self.name) in self.held:
                 raise BlockingIOError(f"{path} is being written by {describe_process()} already")
             self.file = lock_file(self.name, path)
-            self.held.add(self.name)
+            self.held.add((self.owner, self.name))
 
     def release(self) -> None:
         """Remove the lock file and give up the lock."""
@@ -44,7 +44,7 @@ class WriterLock:
             if self.file >= 0 and self.owner == os.getpid():
                 Path(self.name).unlink(missing_ok=True)
                 os.close(self.file)
-                self.held.discard(self.name)
+                self.held.discard((self.owner, self.name))
             self.file = -1
 
 
