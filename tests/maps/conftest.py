@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from bank_helpers import COUNT, create, random_maps
+
+from tokenmix_kernels.maps.bank import MapBank
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,3 +31,11 @@ def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "teacher.pth"
     torch.save(model.state_dict(), path)
     return path
+
+
+@pytest.fixture
+def bank(tmp_path):
+    with create(tmp_path / "a.bank") as writer:
+        writer.write(torch.arange(COUNT), random_maps())
+        writer.finish()
+    return MapBank.open(tmp_path / "a.bank")

@@ -181,6 +181,9 @@ def test_build_says_what_is_wrong(data, weights, tmp_path, capsys):
     out = tmp_path / "a.bank"
     good = build_arguments(data, weights, out)
     expect_error(capsys, build_arguments(tmp_path / "absent", weights, out), "there is no folder .*absent")
+    expect_error(
+        capsys, build_arguments(data, weights, tmp_path / "no" / "a.bank"), "there is no folder .*no for --out"
+    )
     expect_error(capsys, build_arguments(tmp_path, weights, out), "must hold one folder of images per class")
     expect_error(capsys, [*good, "--model", "resnet_10"], "timm knows no model 'resnet_10'; did you mean")
     expect_error(capsys, [*good, "--weights", tmp_path / "no.pth"], "no weights file .*no.pth")
@@ -220,40 +223,115 @@ def test_an_unreadable_image_is_named_and_the_rest_is_kept(weights, tmp_path, ca
     assert "8 of 12 maps are there already" in capsys.readouterr().out
 
 
-def test_another_teacher_does_not_go_on_with_the_bank(data, weights, tmp_path, capsys):
-    broken = make_images(tmp_path / "images", ["a", "b"], 6)
-    (broken / "b" / "image5.png").write_bytes(b"")
-    arguments = build_arguments(broken, weights, tmp_path / "a.bank")
+def interrupted(data, weights, out, **options):
+    """Arguments of a build that stopped at the last image, which is empty; and that image's path and content."""
+    broken = sorted(data.glob("*/*.png"))[-1]
+    content = broken.read_bytes()
+    broken.write_bytes(b"")
+    arguments = build_arguments(data, weights, out, **options)
     assert main(arguments) == 1
-    expect_error(capsys, [*arguments, "--size", 96], "beginning of another bank")
+    return arguments, broken, content
 
 
-@pytest.mark.parametrize("library", ["timm", "torchvision", "tqdm"])
-def test_a_missing_library_is_named_with_its_extra(data, weights, tmp_path, capsys, monkeypatch, library):
-    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, library, None)
-    expect_error(
-        capsys,
-        build_arguments(data, weights, tmp_path / "a.bank"),
-        rf"error: {library} is needed for this and is not installed: pip install 'tokenmix_kernels\[maps\]'",
-    )
+def test_a_bank_is_not_continued_with_other_maps(weights, tmp_path, capsys):
+    """Each thing that a map depends on, changed alone and under the same names, is noticed and named."""
+    data = make_images(tmp_path / "images", ["a", "b"], 9)
+    own = tmp_path / "own.pth"
+    own.write_bytes(weights.read_bytes())
+    arguments, broken, content = interrupted(data, own, tmp_path / "a.bank")
+    partial = (tmp_path / "a.bank.partial").read_bytes()
+    (tmp_path / "map.txt").write_text("a 1\nb 0\n")
+    start = r"a\.bank\.partial is the beginning of another bank: "
+    for more, says in (
+        (
+            ["--size", 96],
+            r"grid was \[3, 4\], is \[3, 3\]; teacher was test_resnet .cam, 96x128 px.* is test_resnet .cam, 96x96 px",
+        ),
+        (["--mean", 0.3], r"mean was 0\.\d+, .*, is 0\.3\. Delete"),
+        (["--std", 0.3, 0.3, 0.4], r"std was .*, is 0\.3, 0\.3, 0\.4\. Delete"),
+        (["--class-map", tmp_path / "map.txt"], "classes was .*, is "),
+    ):
+        expect_error(capsys, [*arguments, *more], start + says)
+    torch.manual_seed(1)
+    torch.save(timm.create_model("test_resnet", pretrained=False, num_classes=2).state_dict(), own)
+    expect_error(capsys, arguments, start + "weights was .{64}, is .{64}. Delete")
+    own.write_bytes(weights.read_bytes())
+    first = sorted(data.glob("*/*.png"))[0]
+    kept, times = first.read_bytes(), os.stat(first)
+    first.write_bytes(broken.with_name("image1.png").read_bytes())
+    expect_error(capsys, arguments, rf"holds maps of 1 images that have changed since, the first is {first}: delete")
+    first.write_bytes(kept)
+    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (tmp_path / "a.bank.partial").read_bytes() == partial
+
+    broken.write_bytes(content)  # repaired: the one image that may change
+    assert main(arguments) == 0
+    bank = MapBank.open(tmp_path / "a.bank")
+    bank.verify()
+    assert set(bank.metadata["inputs"]) == {"weights", "mean", "std", "interpolation", "classes", "code"}
 
 
-def test_base_install_needs_none_of_the_extras():
-    script = (
-        "import sys\n"
-        "for name in ('timm', 'torchvision', 'tqdm', 'matplotlib', 'PIL', 'safetensors'):\n"
-        "    sys.modules[name] = None\n"
-        "import tokenmix_kernels\n"
-        "from tokenmix_kernels import maps, photos, transforms\n"
-        "try:\n"
-        "    transforms.tracked_transform(32)\n"
-        "except ImportError as error:\n"
-        "    print(error)\n"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", script], env=ONE_THREAD, capture_output=True, text=True, timeout=100
-    )
-    assert process.returncode == 0, process.stderr
-    assert "pip install 'tokenmix_kernels[maps]'" in process.stdout
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_are_skipped_where_asked(weights, tmp_path, capsys, workers):
+    data = make_images(tmp_path / "images", ["a", "b"], 11)
+    paths = [path for path, _ in ImageFolder(str(data)).samples]
+    for number, size in ((2, 0), (7, 60)):
+        Path(paths[number]).write_bytes(Path(paths[number]).read_bytes()[:size])
+    Path(paths[9]).write_text("no image")
+    arguments = [*build_arguments(data, weights, tmp_path / "a.bank", workers=workers), "--skip-broken"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    for number in (2, 7, 9):
+        assert f"skipped: the image {paths[number]} cannot be read: " in printed.err
+    assert printed.out.splitlines()[-1] == "3 of 11 images could not be read and have no map"
+    bank = MapBank.open(tmp_path / "a.bank")
+    bank.check(count=11, digest=folder_digest(ImageFolder(str(data))))  # ids are those of the folder
+    assert bank.skipped.tolist() == [2, 7, 9] and bank.scales[[2, 7, 9]].eq(0).all()
+    assert main(["inspect", str(bank.path), "--data", str(data), "--out", str(tmp_path / "p.png")]) == 0
+    assert "3 images that could not be read, the first is 2" in capsys.readouterr().out
+
+    for path in paths:
+        Path(path).write_bytes(b"")
+    arguments = [*build_arguments(data, weights, tmp_path / "b.bank", workers=workers), "--skip-broken"]
+    expect_error(capsys, arguments, "none of the 11 images can be read")
+    assert not (tmp_path / "b.bank").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_decompression_bomb_is_named_or_skipped(weights, tmp_path, capsys, monkeypatch, workers):
+    data = make_images(tmp_path / "images", ["a", "b"], 4)
+    Image.new("RGB", (200, 100)).save(data / "b" / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    arguments = build_arguments(data, weights, tmp_path / "a.bank", workers=workers)
+    bomb = rf"the image {data / 'b' / 'bomb.png'} cannot be read: Image size \(20000 pixels\) exceeds limit"
+    expect_error(capsys, arguments, f"(?m)^error: {bomb}")
+    assert main([*arguments, "--skip-broken"]) == 0
+    assert re.search(f"skipped: {bomb}", capsys.readouterr().err)
+
+
+def test_16_bit_images_give_the_maps_of_their_8_bit_versions(weights, tmp_path):
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        narrow = generator.integers(0, 256, (40, 50)).astype(np.uint8)
+        for folder, image in (
+            ("narrow", Image.fromarray(narrow)),
+            ("wide", Image.fromarray(narrow.astype(np.uint16) * 257)),
+        ):
+            (tmp_path / folder / "a").mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / "b").mkdir(exist_ok=True)
+            image.save(tmp_path / folder / "ab"[number % 2] / f"{number}.png")
+    for folder in ("narrow", "wide"):
+        assert main(build_arguments(tmp_path / folder, weights, tmp_path / f"{folder}.bank")) == 0
+    narrow, wide = MapBank.open(tmp_path / "narrow.bank"), MapBank.open(tmp_path / "wide.bank")
+    assert torch.equal(narrow.values, wide.values) and torch.equal(narrow.scales, wide.scales)
+    assert narrow.scales.gt(0).any()
+
+
+def test_the_averaged_weights_of_a_trainers_checkpoint_are_used(data, weights, tmp_path):
+    torch.manual_seed(5)
+    other = timm.create_model("test_resnet", pretrained=False, num_classes=2).state_dict()
+    best = torch.load(weights, weights_only=True)
+    torch.save({"model": other, "ema": best, "best_is": "ema", "epoch": 3}, tmp_path / "best.pt")
+    assert main(build_arguments(data, weights, tmp_path / "a.bank")) == 0
+    assert main(build_arguments(data, tmp_path / "best.pt", tmp_path / "b.bank")) == 0
+    assert torch.equal(MapBank.open(tmp_path / "a.bank").values, MapBank.open(tmp_path / "b.bank").values)

@@ -1,6 +1,7 @@
 """Weights from files, without running what is in them."""
 
 import difflib
+import errno
 import os
 import pickle
 import re
@@ -70,7 +71,7 @@ def explain(error: Exception) -> str:
         return f"it holds objects other than tensors ({foreign[1]}), which could run code: save its state_dict() alone"
     if isinstance(error, (pickle.UnpicklingError, EOFError, IndexError, UnicodeDecodeError)):
         return "it is not a file of torch.save, or a damaged one"
-    if "PytorchStreamReader" in str(error):
+    if "PytorchStreamReader" in str(error) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
         return "it is truncated or damaged"
     return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 

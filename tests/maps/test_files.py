@@ -1,0 +1,169 @@
+"""Locks, planted files and full disks: what happens to a bank in a folder that others use too."""
+
+import errno
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+from bank_helpers import COUNT, create, random_maps
+
+from tokenmix_kernels.maps.bank import MapBank, MapBankWriter
+
+
+def test_the_second_writer_is_told_who_holds_the_lock(tmp_path):
+    path = tmp_path / "f.bank"
+    holder = rf"f\.bank is being written by process {os.getpid()} on {socket.gethostname()}"
+    with create(path):
+        with pytest.raises(BlockingIOError, match=holder):
+            create(path)
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+            assert re.search(rf"{holder} since \d", pool.submit(try_to_create, path).result())
+    create(path).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["f.bank.partial"]
+
+
+def try_to_create(path):
+    try:
+        create(path).close()
+        return "created"
+    except BlockingIOError as error:
+        return str(error)
+
+
+def race(path, start, results):
+    start.wait()
+    try:
+        writer = create(path)
+        results.put(os.getpid())
+        start.wait()  # both have tried
+        writer.close()
+    except BlockingIOError:
+        results.put(None)
+        start.wait()
+
+
+def test_of_two_writers_that_begin_at_once_one_wins(tmp_path):
+    context = get_context("fork")
+    for attempt in range(10):
+        start, results = context.Barrier(2), context.Queue()
+        pair = [context.Process(target=race, args=(tmp_path / f"{attempt}.bank", start, results)) for _ in range(2)]
+        for process in pair:
+            process.start()
+        found = [results.get(timeout=60) for _ in pair]
+        for process in pair:
+            process.join()
+        assert found.count(None) == 1, found
+    assert {p.suffix for p in tmp_path.iterdir()} == {".partial"}
+
+
+def test_the_lock_of_a_killed_writer_is_free_though_its_workers_live(tmp_path):
+    script = (
+        "import os, sys, time\n"
+        "from tokenmix_kernels.maps.bank import MapBankWriter\n"
+        "writer = MapBankWriter.create(sys.argv[1], 3, (2, 2), [0, 1, 2], None, 't', 'd')\n"
+        "child = os.fork()\n"
+        "if child: print(child, flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    path = tmp_path / "k.bank"
+    process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    try:
+        with pytest.raises(BlockingIOError, match=f"written by process {process.pid} on "):
+            MapBankWriter.create(path, 3, (2, 2), [0, 1, 2], None, "t", "d")
+        process.kill()
+        process.wait()
+        MapBankWriter.create(path, 3, (2, 2), [0, 1, 2], None, "t", "d").close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        process.stdout.close()
+
+
+def test_places_that_are_no_files_are_refused(tmp_path):
+    (tmp_path / "folder.bank").mkdir()
+    os.mkfifo(tmp_path / "pipe.bank")
+    for name, what in (("folder.bank", "folder"), ("pipe.bank", "device")):
+        with pytest.raises(ValueError, match=f"{name} is not a map bank but a {what}"):
+            MapBank.open(tmp_path / name)
+        with pytest.raises(FileExistsError, match=f"{name} exists already"):
+            create(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent for a\.bank"):
+        create(tmp_path / "absent" / "a.bank")
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe", "rubbish", "empty"])
+def test_what_is_planted_as_the_unfinished_bank_is_refused_and_left_alone(tmp_path, kind):
+    partial, victim = tmp_path / "p.bank.partial", tmp_path / "victim"
+    victim.write_bytes(b"precious" * 10000)
+    if kind == "link":
+        partial.symlink_to(victim)
+    elif kind == "folder":
+        partial.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(partial)
+    else:
+        partial.write_bytes(b"x" * 9000 if kind == "rubbish" else b"")
+    with pytest.raises((ValueError, OSError), match=r"p\.bank\.partial.*delete it, or choose another name"):
+        create(tmp_path / "p.bank")
+    assert victim.read_bytes() == b"precious" * 10000 and os.path.lexists(partial)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.bank.partial", "victim"]
+
+
+def test_a_planted_lock_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".p.bank.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=r"\.p\.bank\.lock cannot be locked"):
+        create(tmp_path / "p.bank")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path):
+    names = [".q[1].bank.0123456789abcdef.tmp", ".other.bank.0123456789abcdef.tmp", ".q1.bank.0123456789abcdef.tmp"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    create(tmp_path / "q[1].bank").close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:], "q[1].bank.partial"])
+
+
+def create_in_little_space(path):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+    try:
+        create(path)
+    except OSError as error:
+        return str(error)
+
+
+def test_no_space_is_found_before_the_work(tmp_path):
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        says = pool.submit(create_in_little_space, tmp_path / "r.bank").result()
+    assert re.search(r"r\.bank\.partial \(0\.0 MB\) cannot be written: File too large", says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_gets_full_keeps_what_was_recorded(tmp_path, monkeypatch):
+    maps = random_maps()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (
+        pytest.raises(OSError, match=r"r\.bank\.partial cannot be written: No space left"),
+        create(tmp_path / "r.bank") as writer,
+    ):
+        writer.write(torch.arange(10), maps[:10])
+        writer.save()
+        writer.write(torch.arange(10, 12), maps[10:12])
+        monkeypatch.setattr(os, "pwrite", full)
+        writer.write(torch.arange(12, 20), maps[12:20])
+    monkeypatch.undo()
+    with create(tmp_path / "r.bank") as writer:
+        assert writer.pending().tolist() == list(range(10, COUNT))
