@@ -5,8 +5,7 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from bank_helpers import COUNT, create, random_maps
 
-from tokenmix_kernels.maps.bank import MapBank, MapBankWriter
+from tokenmix_kernels.maps.bank import MapBank
 
 
 def test_the_second_writer_is_told_who_holds_the_lock(tmp_path):
@@ -63,27 +62,29 @@ def test_of_two_writers_that_begin_at_once_one_wins(tmp_path):
     assert {p.suffix for p in tmp_path.iterdir()} == {".partial"}
 
 
+def hold(path, pipe):
+    """Creates a bank, forks a child as a loader does, and waits to be killed."""
+    writer = create(path)
+    child = os.fork()
+    if child:
+        pipe.send(child)
+    time.sleep(100)
+    writer.close()
+
+
 def test_the_lock_of_a_killed_writer_is_free_though_its_workers_live(tmp_path):
-    script = (
-        "import os, sys, time\n"
-        "from tokenmix_kernels.maps.bank import MapBankWriter\n"
-        "writer = MapBankWriter.create(sys.argv[1], 3, (2, 2), [0, 1, 2], None, 't', 'd')\n"
-        "child = os.fork()\n"
-        "if child: print(child, flush=True)\n"
-        "time.sleep(100)\n"
-    )
-    path = tmp_path / "k.bank"
-    process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
-    worker = int(process.stdout.readline())
+    receive, send = get_context("fork").Pipe(duplex=False)
+    process = get_context("fork").Process(target=hold, args=(tmp_path / "k.bank", send))
+    process.start()
+    worker = receive.recv()
     try:
         with pytest.raises(BlockingIOError, match=f"written by process {process.pid} on "):
-            MapBankWriter.create(path, 3, (2, 2), [0, 1, 2], None, "t", "d")
+            create(tmp_path / "k.bank")
         process.kill()
-        process.wait()
-        MapBankWriter.create(path, 3, (2, 2), [0, 1, 2], None, "t", "d").close()
+        process.join()
+        create(tmp_path / "k.bank").close()
     finally:
         os.kill(worker, signal.SIGKILL)
-        process.stdout.close()
 
 
 def test_places_that_are_no_files_are_refused(tmp_path):

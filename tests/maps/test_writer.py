@@ -1,11 +1,8 @@
 """Writing map banks: resumed after kills, never mixed, and nothing written that is wrong."""
 
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -166,29 +163,25 @@ def test_bad_arguments_leave_no_file(tmp_path, changes, says):
     assert not list(tmp_path.iterdir())
 
 
+def write_forever(path, pipe):
+    """Writes the maps of 3000 images, three at a time, and reports each."""
+    with MapBankWriter.create(path, 3000, (4, 4), list(range(3000)), None, "t", "d", save_every=0.0) as writer:
+        for ids in writer.pending().split(3):
+            writer.write(ids, (ids[:, None, None] + 1.0).expand(-1, 4, 4))
+            pipe.send(int(ids[-1]))
+
+
 def test_a_killed_writer_has_recorded_nothing_that_is_not_there(tmp_path):
     """kill -9 in full flight; what counts as written is what was meant, and the rest can be added."""
-    script = textwrap.dedent(
-        """
-        import sys, torch
-        from tokenmix_kernels.maps.bank import MapBankWriter
-        count, grid = 3000, (4, 4)
-        labels = list(range(count))
-        writer = MapBankWriter.create(sys.argv[1], count, grid, labels, None, "t", "d", save_every=0.0)
-        for ids in writer.pending().split(3):
-            writer.write(ids, (ids[:, None, None] + 1.0).expand(-1, *grid))
-            print(int(ids[-1]), flush=True)
-        """
-    )
     path = tmp_path / "k.bank"
-    process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if int(line) > 300:
-            break
+    receive, send = get_context("fork").Pipe(duplex=False)
+    process = get_context("fork").Process(target=write_forever, args=(path, send))
+    process.start()
+    while receive.recv() < 300:
+        pass
     time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.stdout.read()
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
 
     with MapBankWriter.create(path, 3000, (4, 4), list(range(3000)), None, "t", "d") as writer:
         pending = writer.pending()
