@@ -1,6 +1,7 @@
 """Locks, planted files and full disks: what happens to a bank in a folder that others use too."""
 
 import errno
+import fcntl
 import os
 import re
 import signal
@@ -62,6 +63,23 @@ def test_of_two_writers_that_begin_at_once_one_wins(tmp_path):
     assert {p.suffix for p in tmp_path.iterdir()} == {".partial"}
 
 
+def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_taken(tmp_path, monkeypatch):
+    """Else the second writer locks a file that nobody sees any more, and the third locks a new one."""
+    path, lock, real, removed = tmp_path / "f.bank", tmp_path / ".f.bank.lock", fcntl.lockf, []
+
+    def lockf(*arguments):
+        if not removed:
+            removed.append(os.stat(lock).st_ino)
+            lock.rename(tmp_path / "removed")
+        real(*arguments)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with create(path):
+        assert lock.exists() and os.stat(lock).st_ino != removed[0]
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+            assert "is being written by process" in pool.submit(try_to_create, path).result()
+
+
 def hold(path, pipe):
     """Creates a bank, forks a child as a loader does, and waits to be killed."""
     writer = create(path)
@@ -101,8 +119,9 @@ def test_places_that_are_no_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe", "rubbish", "empty"])
 def test_what_is_planted_as_the_unfinished_bank_is_refused_and_left_alone(tmp_path, kind):
-    partial, victim = tmp_path / "p.bank.partial", tmp_path / "victim"
-    victim.write_bytes(b"precious" * 10000)
+    create(tmp_path / "victim.bank").close()  # a link to it would fit
+    partial, victim = tmp_path / "p.bank.partial", tmp_path / "victim.bank.partial"
+    before = victim.read_bytes()
     if kind == "link":
         partial.symlink_to(victim)
     elif kind == "folder":
@@ -113,8 +132,8 @@ def test_what_is_planted_as_the_unfinished_bank_is_refused_and_left_alone(tmp_pa
         partial.write_bytes(b"x" * 9000 if kind == "rubbish" else b"")
     with pytest.raises((ValueError, OSError), match=r"p\.bank\.partial.*delete it, or choose another name"):
         create(tmp_path / "p.bank")
-    assert victim.read_bytes() == b"precious" * 10000 and os.path.lexists(partial)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.bank.partial", "victim"]
+    assert victim.read_bytes() == before and os.path.lexists(partial)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.bank.partial", "victim.bank.partial"]
 
 
 def test_a_planted_lock_is_not_followed(tmp_path):
@@ -133,21 +152,25 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:], "q[1].bank.partial"])
 
 
-def create_in_little_space(path):
-    import resource
+def test_no_space_is_found_before_the_work(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-    try:
-        create(path)
-    except OSError as error:
-        return str(error)
-
-
-def test_no_space_is_found_before_the_work(tmp_path):
-    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        says = pool.submit(create_in_little_space, tmp_path / "r.bank").result()
-    assert re.search(r"r\.bank\.partial \(0\.0 MB\) cannot be written: File too large", says)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"r\.bank\.partial \(0\.0 MB\) cannot be written: No space left"):
+        create(tmp_path / "r.bank")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_file_systems_that_cannot_reserve_space_are_used_without(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with create(tmp_path / "r.bank") as writer:
+        writer.write(torch.arange(COUNT), random_maps())
+        writer.finish().verify()
 
 
 def test_a_disk_that_gets_full_keeps_what_was_recorded(tmp_path, monkeypatch):
