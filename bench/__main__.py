@@ -1,53 +1,76 @@
-"""The benchmark's command line: `python -m bench --help`."""
-
-from __future__ import annotations
+"""Measure the mix: `python -m bench --help`."""
 
 import argparse
 import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
+# Modules by command, and what the command does.
 COMMANDS = {
-    "cpu": "time the registry on the CPU",
-    "gpu": "time the registry on a GPU, and sweep the launch shapes",
-    "host": "time the host's part of a call, the launch stubbed out",
-    "loader": "time DeiT's training transform by timm and by this package, in a loader",
-    "growth": "time a call on the CPU against batch, image size, grid and classes",
-    "count": "count registers, memory accesses and instructions of the compiled kernel in a PTX simulator",
-    "growth_counts": "count against batch, image size, grid and classes in a PTX simulator",
-    "table": "print result files as Markdown tables",
+    "cpu": ("cpu", "time ours and others on the CPU"),
+    "gpu": ("gpu", "time ours and others on a GPU, and sweep the launch shapes"),
+    "host": ("host", "time the host's part of a call, without the launch"),
+    "loader": ("loader", "time DeiT's training transform by timm and by this package, in a loader"),
+    "growth": ("growth", "time a call on the CPU against batch, image size, grid and classes"),
+    "count": ("ptx.count", "count registers, memory accesses and instructions of the compiled kernel"),
+    "growth_counts": ("ptx.growth_counts", "count against batch, image size, grid and classes"),
+    "simulate": ("ptx.simulate", "simulate the compiled kernel's time on models of an A100 and an H100"),
+    "report": ("report", "write the tables of docs/performance.md from result files, or check them"),
 }
 
 
-def run_all(parser: argparse.ArgumentParser, folder: Path) -> None:
-    """Everything that this machine has, one result file for each command: below eight minutes."""
+def module_of(command: str) -> ModuleType:
+    """Import the module of a command.
+
+    Raises:
+        SystemExit: a package that it needs is not installed.
+    """
+    try:
+        return importlib.import_module(f"bench.{COMMANDS[command][0]}")
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"`python -m bench {command}` needs {error.name}: pip install 'tokenmix_kernels[test]'"
+        ) from None
+
+
+def parser_of(wanted: list[str]) -> argparse.ArgumentParser:
+    """The command line, with the options of the wanted commands: importing them all takes seconds."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="run everything that this machine can run")
+    parser.add_argument("--out", dest="folder", type=Path, default=Path("runs/bench"), help="folder of --all's results")
+    commands = parser.add_subparsers(dest="command")
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name in wanted:
+            module = module_of(name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.main)
+    return parser
+
+
+def run_all(folder: Path) -> None:
+    """Run all that times something on this machine, one result file for each command: below eight minutes."""
     results = {name: [name, "--out", str(folder / f"{name}.json")] for name in ("cpu", "host", "loader", "growth")}
     if torch.cuda.is_available():
         # Most of the eight minutes are the GPU's.
         results["cpu"] += ["--seconds", "30"]
         results = {"gpu": ["gpu", "--out", str(folder), "--sweep-seconds", "150"], **results}
     else:
-        print("no GPU: timed on the CPU alone")
+        print("no GPU: the CPU alone is timed")
     for arguments in results.values():
         print("python -m bench " + " ".join(arguments))
-        asked = parser.parse_args(arguments)
-        asked.run(asked)
+        main(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--all", action="store_true", help="run everything that this machine has")
-    parser.add_argument("--out", dest="folder", type=Path, default=Path("runs/bench"), help="folder of --all's results")
-    commands = parser.add_subparsers(dest="command")
-    for name, text in COMMANDS.items():
-        module = importlib.import_module(f"bench.{name}")
-        command = commands.add_parser(name, help=text, description=(module.__doc__ or "").splitlines()[0])
-        module.add_arguments(command)
-        command.set_defaults(run=module.main)
-    asked = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = parser_of(given)
+    asked = parser.parse_args(given)
     if asked.all:
-        run_all(parser, asked.folder)
+        run_all(asked.folder)
     elif asked.command:
         asked.run(asked)
     else:

@@ -1,6 +1,4 @@
-"""Time the registry on the CPU: rounds in turn, medians, ratios to the copy of the same round, peak extra memory."""
-
-from __future__ import annotations
+"""Time ours and others on the CPU: interleaved rounds, medians, ratios to the copy of the same round, extra memory."""
 
 import argparse
 import gc
@@ -10,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .machine import describe, write_csv, write_json
-from .registry import CASES, IMPLEMENTATIONS, Case, Implementation, make_inputs, ready
+from .baselines import IMPLEMENTATIONS, Implementation, ready
+from .cases import CASES, Case, make_inputs
+from .machine import describe, described_case, write_csv, write_json
 
 __all__ = ["add_arguments", "main", "measure", "rows_of"]
 
@@ -28,8 +28,8 @@ def measure(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of every implementation in every round, and what was wrong with those that are not timed.
 
-    Implementations take turns, so that what else the machine does meets all of them alike. No round starts after
-    `budget` seconds, if three are done.
+    Implementations take turns, so that other work on the machine slows all of them alike. After three rounds, no round
+    starts later than `budget` seconds.
     """
     inputs = make_inputs(case)
     calls, wrong = {}, {}
@@ -54,7 +54,7 @@ def measure(
 
 
 def peak_of(case: Case, name: str, threads: int, answer: Any) -> None:
-    """In a process of its own: how far a call, after a first one, raises the resident memory at most, in bytes."""
+    """Put the peak of resident memory that a second call adds, in bytes, into `answer`. For a process of its own."""
     torch.set_num_threads(threads)
     implementation = next(one for one in IMPLEMENTATIONS if one.name == name)
     call = implementation.build(case, make_inputs(case)).call
@@ -67,7 +67,7 @@ def peak_of(case: Case, name: str, threads: int, answer: Any) -> None:
 
 
 def watched(call: Callable[[], Any]) -> int:
-    """Peak of the resident memory during a call, above what it was before, looked at about every 0.2 ms."""
+    """Peak of the resident memory during a call, above what it was before, sampled about every 0.2 ms."""
     before = peak = resident()
     done = threading.Event()
 
@@ -95,7 +95,7 @@ def extra_memory(case: Case, implementation: Implementation, threads: int) -> fl
     """Peak memory of one call beside its output, as a share of the input; None where it could not be measured."""
     if not Path("/proc/self/statm").exists():
         return None
-    # A server that has imported everything once and run nothing: forks of it are quick, and clean of threads.
+    # Forks of a server that has imported everything and run nothing start quickly and have no threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.cpu", "torch._inductor.compile_fx"])
     answer = context.SimpleQueue()
@@ -112,7 +112,7 @@ def extra_memory(case: Case, implementation: Implementation, threads: int) -> fl
 
 
 def rows_of(seconds: dict[str, list[float]], wrong: dict[str, str]) -> list[dict[str, Any]]:
-    """One row for each implementation, in the registry's order."""
+    """One row for each implementation, in the order of `IMPLEMENTATIONS`."""
     rows: list[dict[str, Any]] = []
     texts = {one.name: one.text for one in IMPLEMENTATIONS}
     for name in (*seconds, *wrong):
@@ -169,7 +169,7 @@ def main(asked: argparse.Namespace) -> None:
     started = time.perf_counter()
     case = CASES[asked.case]
     if asked.batch:
-        case = case._replace(batch=asked.batch)
+        case = replace(case, batch=asked.batch)
     seconds, wrong = measure(case, IMPLEMENTATIONS, asked.rounds, asked.seconds)
     rows = rows_of(seconds, wrong)
     if not asked.no_memory:
@@ -181,7 +181,7 @@ def main(asked: argparse.Namespace) -> None:
         "kind": "cpu",
         "command": "python -m bench cpu",
         "machine": describe(),
-        "case": {**case._asdict(), "dtype": str(case.dtype).removeprefix("torch.")},
+        "case": described_case(case),
         "rounds": len(next(iter(seconds.values()))),
         "seconds": round(time.perf_counter() - started),
         "rows": rows,

@@ -7,8 +7,6 @@ mask for each image; compares both weights of every pair with those from float32
 pixels).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

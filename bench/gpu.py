@@ -4,28 +4,25 @@ Every result is checked first. The kernel's own time comes from replays of a CUD
 events around an ordinary call, and from the time for which a call keeps the host busy.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from tokenmix_kernels import kernels
-from tokenmix_kernels.settings import Settings
-
+from .baselines import IMPLEMENTATIONS, Implementation, masked_tokens, ready
+from .cases import CASES, Case, make_inputs
 from .machine import describe, write_csv, write_json
-from .registry import CASES, IMPLEMENTATIONS, MEAN, STD, Case, Implementation, make_inputs, ready
+from .sweep import sweep
 
-__all__ = ["Clock", "add_arguments", "main", "measure", "moved_bytes", "real_clock", "sweep"]
+__all__ = ["Clock", "add_arguments", "main", "measure", "moved_bytes", "real_clock"]
 
 QUANTILES = [0.2, 0.5, 0.8]
 # A graph can hold these: no random number from the host, no copy to the device.
@@ -37,7 +34,6 @@ CAPTURED = (
     "ours, uint8 normalised",
     "ours, compiled around",
 )
-SWEPT_ROWS, SWEPT_WARPS = (1, 2, 3, 4, 5, 7, 14), (2, 4, 8)
 
 
 class Clock(NamedTuple):
@@ -99,8 +95,7 @@ def moved_bytes(case: Case, name: str) -> float:
         return float(values * (1 + size))
     if name == "ours, in place":
         # Tokens that move, read and written; where both of a pair take a token, it is read once and written once each.
-        count = (case.height // case.patch_size) * (case.width // case.patch_size)
-        return 2.0 * values * size * min(count, count // 2 + 14) / count
+        return 2.0 * values * size * masked_tokens(case) / (case.grid[0] * case.grid[1])
     return 2.0 * values * size
 
 
@@ -150,136 +145,6 @@ def peak(call: Callable[[], Any]) -> int:
     torch.cuda.synchronize()
     del result
     return torch.cuda.max_memory_allocated() - before
-
-
-class Setting(NamedTuple):
-    """What one row of the launch table is for."""
-
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    channels_last: bool
-    patch: int
-    batch: int
-
-    def text(self) -> str:
-        dtypes = [str(d).removeprefix("torch.") for d in (self.dtype, self.out_dtype)]
-        layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{' to '.join(dict.fromkeys(dtypes))}, {layout}, P = {self.patch}, B = {self.batch}"
-
-
-def settings_swept(batches: Iterable[int] = (32, 128, 512)) -> list[Setting]:
-    """The sweep, most wanted first: a sweep that runs out of time has done these."""
-    half, full, byte = torch.float16, torch.float32, torch.uint8
-    kinds = [
-        (half, half, False, 16), (byte, half, False, 16), (full, full, False, 16), (half, half, True, 16),
-        (byte, half, True, 16), (half, half, False, 32), (byte, half, False, 32), (half, half, False, 8),
-        (full, full, True, 16), (half, half, False, 14), (byte, half, False, 8), (full, full, False, 32),
-    ]  # fmt: skip
-    return [Setting(*kind, batch) for kind in kinds for batch in batches]
-
-
-def launch_of(setting: Setting, device: torch.device, side: int = 224) -> tuple[tuple[int], dict[str, Any]]:
-    """The launch of `mix_kernel` for a setting as it would be made now: grid and arguments by name."""
-    case = Case(
-        "sweep", setting.batch, 3, side, side, setting.out_dtype, setting.patch, channels_last=setting.channels_last
-    )
-    inputs = make_inputs(case, device)
-    byte = setting.dtype == torch.uint8
-    images = inputs.raw if byte else inputs.images
-    mix = Settings(num_classes=case.num_classes, patch_size=setting.patch, mode="elem")
-    if byte:
-        mix = mix._replace(mean=MEAN, std=STD)
-    grid = (side // setting.patch, side // setting.patch)
-    out = torch.empty_like(images, dtype=setting.out_dtype)
-    targets = torch.empty(case.batch, case.num_classes, device=device)
-    weights = torch.empty(case.batch, 2, device=device)
-    mask = torch.empty(case.batch, *grid, dtype=torch.bool, device=device)
-    seed = torch.tensor(7, device=device)
-    return kernels.arguments(
-        images, out, inputs.labels, None, *inputs.maps, inputs.boxes, None, seed, 0, targets, weights, mask,
-        tuple(images.shape), mix, device,
-    )  # fmt: skip
-
-
-def candidates(named: dict[str, Any]) -> list[dict[str, int]]:
-    """Other ways to cut the launch up: token rows of a program and warps, without those that come to the same."""
-    grid_h = named["H"] // named["P"]
-    first = named["PROGRAMS"] - -(-grid_h // named["ROWS"])  # programs for the targets
-    seen: dict[tuple[int, int], dict[str, int]] = {}
-    for rows in (named["ROWS"], *SWEPT_ROWS):
-        programs = -(-grid_h // min(rows, grid_h))
-        for warps in (named["num_warps"], *SWEPT_WARPS):
-            even = -(-grid_h // programs)
-            seen.setdefault((programs, warps), {"ROWS": even, "PROGRAMS": first + programs, "num_warps": warps})
-    return list(seen.values())
-
-
-def launch(grid: tuple[int], named: dict[str, Any]) -> None:
-    kernels.mix_kernel[grid](**named)
-
-
-def sweep(
-    device: torch.device,
-    clock: Clock,
-    seconds: float,
-    wanted: Iterable[Setting] | None = None,
-    launch: Callable[[tuple[int], dict[str, Any]], None] = launch,
-    side: int = 224,
-) -> list[dict[str, Any]]:
-    """Time every candidate for every setting: one row each, `now` for what is launched today, `best` for the fastest.
-
-    Results of candidates must equal those of today's launch; no setting is begun after `seconds`.
-    """
-    rows: list[dict[str, Any]] = []
-    started = time.perf_counter()
-    for setting in tqdm(list(settings_swept() if wanted is None else wanted), desc="sweep", unit="setting"):
-        if time.perf_counter() - started > seconds:
-            print(f"out of time before {setting.text()}", file=sys.stderr)
-            break
-        grid, named = launch_of(setting, device, side)
-        launch(grid, named)
-        expected = [named[name].clone() for name in ("out", "targets", "weights", "mask_out")]
-        found = []
-        for number, cut in enumerate(candidates(named)):
-            tried = {**named, **cut}
-            grid = (setting.batch * cut["PROGRAMS"],)
-            row: dict[str, Any] = {
-                "dtype": str(setting.dtype).removeprefix("torch."),
-                "out_dtype": str(setting.out_dtype).removeprefix("torch."),
-                "layout": "channels_last" if setting.channels_last else "contiguous", "patch_size": setting.patch,
-                "batch": setting.batch, **cut, "now": number == 0,
-            }  # fmt: skip
-            rows.append(row)
-            named["out"].zero_()
-            named["targets"].fill_(float("nan"))
-            try:
-                launch(grid, tried)
-            except Exception as error:  # A cut that asks for more than the card has is a line of the table.
-                row["wrong"] = f"{type(error).__name__}: {first_line(error)}"
-                continue
-            got = [named[name] for name in ("out", "targets", "weights", "mask_out")]
-            if not all(equal(one, other) for one, other in zip(got, expected, strict=True)):
-                row["wrong"] = "differs from today's launch"
-            else:
-                low, middle, high = clock.kernel(lambda grid=grid, tried=tried: launch(grid, tried))  # type: ignore[misc]
-                row |= {"us_p20": low, "us_p50": middle, "us_p80": high, "best": False}
-                found.append(row)
-        if not found:
-            continue
-        best = min(found, key=lambda row: row["us_p50"])
-        best["best"] = True
-        today = next((row for row in found if row["now"]), best)
-        print(
-            f"{setting.text()}: ROWS {best['ROWS']}, {best['num_warps']} warps, {best['us_p50']:.1f} us; "
-            f"now ROWS {today['ROWS']}, {today['num_warps']} warps, {today['us_p50']:.1f} us "
-            f"({today['us_p50'] / best['us_p50'] - 1:+.1%})"
-        )
-    return rows
-
-
-def equal(one: Tensor, other: Tensor) -> bool:
-    """Equal but for the last bits of sums, which another number of warps adds in another order."""
-    return torch.allclose(one, other, rtol=0, atol=1e-6) if one.dtype == torch.float32 else torch.equal(one, other)
 
 
 def first_line(error: Exception) -> str:
@@ -346,12 +211,12 @@ def main(asked: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     record = {"kind": "gpu", "command": "python -m bench gpu", "machine": describe(), "rows": rows, "launch_table": []}
     for name in tqdm(names, desc="cases", unit="case"):
-        case = CASES[name]._replace(batch=asked.batch) if asked.batch else CASES[name]
+        case = replace(CASES[name], batch=asked.batch) if asked.batch else CASES[name]
         rows += measure(case, chosen, device, clock)
         write_json(path, {**record, "seconds": round(time.perf_counter() - started)})
     write_csv(path.with_suffix(".csv"), rows)
     plot(record, path.with_suffix(".png"))
     if asked.sweep_seconds > 0:
-        table = sweep(device, real_clock(min(25, asked.milliseconds)), asked.sweep_seconds)
+        table = sweep(device, real_clock(min(25, asked.milliseconds)).kernel, asked.sweep_seconds)
         write_json(path, {**record, "launch_table": table, "seconds": round(time.perf_counter() - started)})
         write_csv(path.with_name(f"{path.stem}-launch.csv"), table)

@@ -1,10 +1,9 @@
-"""Time one call on the CPU against batch, image size, grid and number of classes, beside what is predicted."""
-
-from __future__ import annotations
+"""Time one call on the CPU against batch, image size, grid and number of classes, beside a prediction."""
 
 import argparse
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +11,46 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .machine import describe, write_json
-from .registry import Case, make_inputs, ours
+from .baselines import ours
+from .cases import Case, make_inputs
+from .machine import describe, described_case, write_json
 
 __all__ = ["CURVES", "add_arguments", "curve", "main"]
 
 BASE = Case("growth", batch=32)
 
-# What is varied, the case at each place, and what time is predicted to be linear in: the bytes of the images, the
-# tokens, each of which a CPU moves by itself, or the values of the targets. A call has a constant part besides.
+# For each curve, the case at each point, and the unit in which time is predicted to be linear: bytes of the images,
+# tokens (a CPU moves each by itself), or values of the targets. A call has a constant part besides.
 CURVES: dict[str, tuple[dict[int, Case], Callable[[Case], float]]] = {
     "batch": (
-        {batch: BASE._replace(batch=batch) for batch in (1, 4, 16, 64, 256, 1024)},
+        {batch: replace(BASE, batch=batch) for batch in (1, 4, 16, 64, 256, 1024)},
         lambda case: float(case.batch),
     ),
     "image size": (
-        {side: BASE._replace(height=side, width=side) for side in (32, 64, 128, 224, 384, 512)},
+        {side: replace(BASE, height=side, width=side) for side in (32, 64, 128, 224, 384, 512)},
         lambda case: float(case.height * case.width),
     ),
     "tokens a side (256 pixels)": (
-        {side: BASE._replace(height=256, width=256, patch_size=256 // side) for side in (4, 8, 16, 32, 64)},
+        {side: replace(BASE, height=256, width=256, patch_size=256 // side) for side in (4, 8, 16, 32, 64)},
         lambda case: (case.height / case.patch_size) ** 2,
     ),
     "classes": (
-        {classes: BASE._replace(num_classes=classes) for classes in (100, 1000, 10000, 21841)},
+        {classes: replace(BASE, num_classes=classes) for classes in (100, 1000, 10000, 21841)},
         lambda case: float(case.num_classes),
     ),
 }
 
 
 def quick_ms(cases: Iterable[Case], budget: float) -> list[float]:
-    """Milliseconds of one call into `out` of each case, that a fifth of its calls undercut.
+    """Milliseconds of one call into `out` of each case: the 20th percentile of its calls.
 
-    Cases take turns, nine at most or as many as fit in `budget` seconds, three at least. What else the machine does
-    only ever makes a call slower, and here no copy is timed beside it, so the quick calls say more than the median.
+    Cases take turns: nine rounds, or as many as fit in `budget` seconds, but at least three. Other work on the machine
+    only makes calls slower, and no copy is timed beside them, so a low percentile is steadier than the median.
     """
     calls = []
     for case in cases:
         inputs = make_inputs(case)
-        # Into a warm `out`: from some size on, the allocator gets a new output from the system, page by page.
+        # Into `out`: above some size a new output costs page faults, which would bend the curve.
         calls.append(ours(case, inputs, inputs.images, out=torch.zeros_like(inputs.images)))
         calls[-1]()
     times: list[list[float]] = []
@@ -70,7 +70,7 @@ def predicted(units: list[float], times: list[float]) -> tuple[list[float], floa
     columns = np.stack([np.ones(len(units)), np.array(units)], 1)
     if not columns[:, 1].any():
         columns = columns[:, :1]
-    # Relative errors: without weights the largest place would decide alone. No part of a time is below nothing.
+    # Relative errors: without weights the largest point would decide alone. No part of a time is negative.
     found = np.linalg.lstsq(columns / y[:, None], np.ones(len(y)), rcond=None)[0]
     if len(found) > 1 and found[1] < 0:
         columns = columns[:, :1]
@@ -137,7 +137,7 @@ def main(asked: argparse.Namespace) -> None:
         "kind": "growth",
         "command": "python -m bench growth",
         "machine": describe(),
-        "base": {**BASE._asdict(), "dtype": str(BASE.dtype).removeprefix("torch.")},
+        "base": described_case(BASE),
         "seconds": round(time.perf_counter() - started),
         "curves": curves,
     }

@@ -4,8 +4,6 @@ No GPU is needed. Triton gets a driver that names a target and a stream but no d
 so what is left of a bare launch is Triton's own work in Python: binding the arguments, their specialisation, the cache.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import time
@@ -19,7 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenmix_kernels import TokenMix, TopKMaps, checks, kernels, mix
+from tokenmix_kernels import TokenMix, TopKMaps, dispatch, kernels, mix
+from tokenmix_kernels.inputs import Evidence
+from tokenmix_kernels.kernels.groups import Results
 
 from .machine import describe, write_json
 
@@ -71,7 +71,7 @@ def stubbed(arch: int = 90) -> Iterator[None]:
     before = driver._active
     driver._active = StubDriver(arch)
     # Values cannot be read on the host where images are on a GPU; here they could be, and would be paid for.
-    values = mock.patch.object(checks, "readable", lambda tensor: False)
+    values = mock.patch.object(dispatch, "check_values", nothing)
     try:
         with mock.patch.object(CompiledKernel, "_init_handles", init_handles), values:
             yield
@@ -107,14 +107,15 @@ def measure(rounds: int = 60, each: int = 100, batch: int = 2) -> tuple[int, lis
     out, seed = torch.empty_like(images), torch.tensor(5)
     targets, weights = torch.empty(batch, 1000), torch.empty(batch, 2)
     mask = torch.empty(batch, 14, 14, dtype=torch.bool)
-    grid, named = kernels.arguments(
-        images, out, labels, None, maps.values, maps.indices, boxes, None, seed, 0, targets, weights, mask,
-        tuple(images.shape), mixing.settings, images.device,
-    )  # fmt: skip
+    evidence, results = Evidence(maps.values, maps.indices, boxes=boxes), Results(targets, weights, mask, None)
+    ready = kernels.prepare(
+        images, out, labels, None, evidence, None, seed, 0, mixing.settings, results, tuple(images.shape), images.device
+    )
+    leaves = sum(len(value) if isinstance(value, tuple) else 1 for value in ready.arguments.values())
     calls: dict[str, Callable[[], Any]] = {
-        "bare launch, same arguments": lambda: kernels.mix_kernel[grid](**named),
+        "bare launch, same arguments": ready.run,
         "launcher: arguments, outputs, launch": lambda: kernels.mix(
-            images, labels, out, None, maps.values, maps.indices, boxes, None, seed, 0, mixing.settings
+            images, out, labels, None, evidence, None, seed, 0, mixing.settings
         ),
         "with every check made again": lambda: mixing(images, labels, maps, boxes, backend="triton"),
         "TokenMix(images, labels, maps, boxes)": lambda: mixing(images, labels, maps, boxes),
@@ -133,7 +134,7 @@ def measure(rounds: int = 60, each: int = 100, batch: int = 2) -> tuple[int, lis
         if name.startswith("TokenMix"):
             row["bar"] = BAR
         rows.append(row)
-    return len(named), rows
+    return leaves, rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

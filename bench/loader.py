@@ -1,7 +1,5 @@
 """What tracking the geometry adds to a loader's time: DeiT's transform by timm and ours, the same images, in turn."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import random

@@ -1,8 +1,7 @@
-"""What a result file says about where it comes from, and how result files are written."""
-
-from __future__ import annotations
+"""Describe the machine in result files, and write them."""
 
 import csv
+import dataclasses
 import json
 import os
 import platform
@@ -13,7 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe", "write_csv", "write_json"]
+from .cases import Case
+
+__all__ = ["describe", "described_case", "write_csv", "write_json"]
 
 PACKAGES = ("tokenmix_kernels", "torch", "triton", "torchvision", "timm", "numpy")
 
@@ -41,6 +42,15 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,
+    }
+
+
+def described_case(case: Case) -> dict[str, Any]:
+    """A case's fields, dtypes as text."""
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in dataclasses.asdict(case).items()
+        if value is not None
     }
 
 

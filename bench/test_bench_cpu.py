@@ -1,15 +1,15 @@
-"""The registry under pytest-benchmark: `pytest bench --benchmark-enable`; results are checked in any case."""
+"""All implementations under pytest-benchmark: `pytest bench --benchmark-enable`; results are checked in any case."""
 
-from __future__ import annotations
-
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
-from .registry import CASES, IMPLEMENTATIONS, Implementation, make_inputs, ready
+from .baselines import IMPLEMENTATIONS, Implementation, ready
+from .cases import CASES, make_inputs
 
-CASE = CASES["cpu"]._replace(batch=32)
+CASE = dataclasses.replace(CASES["cpu"], batch=32)
 
 
 @pytest.fixture(scope="module")

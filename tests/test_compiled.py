@@ -24,6 +24,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from tokenmix_kernels import kernels
+from tokenmix_kernels.inputs import Evidence
+from tokenmix_kernels.kernels.groups import Results
+from tokenmix_kernels.kernels.launch import Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -73,7 +76,7 @@ def case(
     boxes: str = "none",
     ids: bool = False,
     flips: bool = False,
-    seed: str = "host",
+    seed: int | str = 1 << 40,
     **settings: Any,
 ) -> dict[str, Any]:
     return locals()
@@ -111,6 +114,11 @@ OTHERS = {
     "cutmix in place": case(mask_type="cutmix", lam=-1.0, in_place=True, mode="pair"),
     "cutmix minmax channels_last": case(mask_type="cutmix", minmax=(0.2, 0.8), layout="channels_last"),
     "seed in memory": case(seed="device"),
+    "seed 1": case(seed=1),
+    "seed whose high half is 1": case(seed=(1 << 32) + 16),
+    "cutmix of one size": case(mask_type="cutmix", minmax=(0.5, 0.5)),
+    "one pixel wide, batch stride 1": case(torch.float32, shape=(1, 4, 1), patch_size=1, layout="batch innermost"),
+    "float64": case(torch.float64, mixup_alpha=0.8, switch_prob=0.5),
     "own maps": case(maps="own", boxes="xyxy", partner=True),
     "own maps of a data set, bytes": case(maps="bytes", boxes="xyxy", ids=True, flips=True),
     "affines": case(maps="own", boxes="affines"),
@@ -130,6 +138,8 @@ def pixels(batch: int, shape: tuple[int, int, int], dtype: torch.dtype, layout: 
     c, h, w = shape
     if layout == "channels_last":
         return torch.empty(batch, h, w, c, dtype=dtype, device=META).permute(0, 3, 1, 2)
+    if layout == "batch innermost":
+        return torch.empty(c, h, w, batch, dtype=dtype, device=META).permute(3, 0, 1, 2)
     if layout == "transposed":
         return torch.empty(batch, c, w, h, dtype=dtype, device=META).transpose(2, 3)
     if layout == "offset":
@@ -139,17 +149,18 @@ def pixels(batch: int, shape: tuple[int, int, int], dtype: torch.dtype, layout: 
 
 def launch(
     dtype, out_dtype, shape, layout, in_place, partner, maps, boxes, ids, flips, seed, settings
-) -> tuple[tuple[int, ...], dict[str, Any]]:  # fmt: skip
+) -> Launch:  # fmt: skip
     batch, classes = 128, 1000
     options = Settings(**({"num_classes": classes, "mode": "elem"} | settings))
     grid = (shape[1] // options.patch_size, shape[2] // options.patch_size)
     images = pixels(batch, shape, dtype, layout)
     out = images if in_place else torch.empty_like(images, dtype=out_dtype or dtype)
     values = indices = places = affines = None
+    box_format = "xyxy"
     if maps == "packed":
         packed = torch.empty(batch, 3, 5, 18, 18, device=META)
         values, indices, places = packed[:, 0], packed[:, 1], packed[:, 2, 0, 0, :4]
-        options = options._replace(box_format=boxes)
+        box_format = boxes
     elif maps != "none":
         size = {"own": (18, 18), "bytes": (16, 16), "all": (classes, 7, 7), "topk": (5, 18, 18)}[maps]
         rows = 100_000 if ids else batch
@@ -164,19 +175,25 @@ def launch(
         return torch.empty(batch, dtype=dtype, device=META) if wanted else None
 
     mask = torch.empty(batch, *grid, dtype=torch.bool, device=META) if options.mask_type == "given" else None
-    key = torch.empty((), dtype=torch.int64, device=META) if seed == "device" else torch.tensor(1 << 40)
-    return kernels.arguments(
-        images, out, one_each(torch.int64), one_each(torch.int64, partner), values, indices, places, mask, key, 0,
+    key = torch.empty((), dtype=torch.int64, device=META) if seed == "device" else torch.tensor(seed)
+    evidence = Evidence(
+        values, indices, one_each(torch.int64, ids), places, one_each(torch.bool, flips), affines, box_format
+    )
+    results = Results(
         torch.empty(batch, classes, device=META), torch.empty(batch, 2, device=META),
-        torch.empty(batch, *grid, dtype=torch.bool, device=META), tuple(images.shape), options, META,
-        one_each(torch.int64, ids), one_each(torch.bool, flips), affines,
+        torch.empty(batch, *grid, dtype=torch.bool, device=META), one_each(torch.uint8),
+    )  # fmt: skip
+    return kernels.prepare(
+        images, out, one_each(torch.int64), one_each(torch.int64, partner), evidence, mask, key, 0, options, results,
+        tuple(images.shape), META,
     )  # fmt: skip
 
 
-def compiled(grid: tuple[int, ...], named: dict[str, Any]) -> Any:
+def compiled(ready: Launch) -> Any:
+    options = dict(ready.options)
     if triton.runtime.driver.active.get_current_target().backend == "hip":
-        named = {name: value for name, value in named.items() if name != "maxnreg"}  # as with a torch for ROCm
-    return kernels.mix_kernel.warmup(grid=grid, **named)
+        options.pop("maxnreg")  # as with a torch for ROCm
+    return kernels.mix_kernel.warmup(grid=ready.grid, **ready.arguments, **options)
 
 
 def resources(binary: Any, target: str, folder: Path) -> SimpleNamespace:
@@ -226,8 +243,7 @@ def accesses(binary: Any, target: str) -> list[tuple[str, str, int]]:
 @pytest.mark.parametrize("name", [*MOVES, *OTHERS])
 def test_compiles_without_spills(name, target, tmp_path):
     variant = (MOVES | OTHERS)[name]
-    grid, named = launch(**variant)
-    used = resources(compiled(grid, named), target, tmp_path)
+    used = resources(compiled(launch(**variant)), target, tmp_path)
     assert used.spilled == 0
     # 65,536 registers of a multiprocessor over 64 a thread leave room for 1,024 threads.
     assert used.registers <= (128 if target == "gfx942" or name == "one channel, patch 14" else 64)
@@ -236,11 +252,12 @@ def test_compiles_without_spills(name, target, tmp_path):
 @pytest.mark.parametrize("name", MOVES)
 def test_pixels_move_16_bytes_at_a_time(name, target):
     variant = MOVES[name]
-    grid, named = launch(**variant)
-    binary = compiled(grid, named)
-    threads = named["num_warps"] * TARGETS[target].warp_size
+    ready = launch(**variant)
+    binary = compiled(ready)
+    named = ready.arguments
+    threads = ready.options["num_warps"] * TARGETS[target].warp_size
     channels, _, width = variant["shape"]
-    lines = min(named["P"], named["LINES"])  # of a row of tokens, what one turn of the loop moves
+    lines = min(named["GRID"].P, named["TILE"].LINES)  # of a row of tokens, what one turn of the loop moves
     pixels = channels * lines * width
     twice = 2 if variant["in_place"] else 1
     in_bytes, out_bytes = named["images"].element_size(), named["out"].element_size()
@@ -258,9 +275,13 @@ def test_pixels_move_16_bytes_at_a_time(name, target):
 
 @pytest.mark.parametrize("name", MOVES)
 def test_pixels_do_not_pass_through_shared_memory(name, target):
-    grid, named = launch(**MOVES[name])
+    ready = launch(**MOVES[name])
     shared = [
-        sum(1 for _, space, _ in accesses(compiled(grid, named | without), target) if space == "shared")
+        sum(
+            1
+            for _, space, _ in accesses(compiled(ready._replace(arguments=ready.arguments | without)), target)
+            if space == "shared"
+        )
         for without in ({}, {"images": None, "out": None})
     ]
     # The draw reduces over a program's warps, in place twice. Moving adds at most the look-up of a row's bits; a tile

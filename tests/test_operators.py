@@ -1,6 +1,7 @@
 """The operators as PyTorch sees them: opcheck, tracing, torch.compile, autograd."""
 
 import shutil
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenmix_kernels import TokenMix, TopKMaps, pool_targets, token_mask, tokenmix
-from tokenmix_kernels.settings import Settings
+from tokenmix_kernels.inputs import Evidence
+from tokenmix_kernels.settings import Settings, as_text
 
 OPS = torch.ops.tokenmix_kernels
 SETTINGS = Settings(num_classes=5, patch_size=8, mode="elem", minimum_tokens=2)
@@ -20,8 +22,22 @@ INDUCTOR = pytest.param(
 BACKENDS = ["aot_eager", INDUCTOR]
 
 
+class Given(NamedTuple):
+    """Images, and the tensors that all three mixing operators take after them."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    partner: torch.Tensor | None
+    evidence: Evidence
+    mask: torch.Tensor | None
+    seed: torch.Tensor
+
+    def rest(self, settings):
+        """An operator's arguments after the images."""
+        return (self.labels, self.partner, *self.evidence, self.mask, self.seed, 0, as_text(settings))
+
+
 def inputs(batch=4, form="none", dtype=torch.float32, layout="contiguous", given=False, partner=False):
-    """Images and the tensors that all three mixing operators take after them."""
     images = random_images((batch, 3, 32, 48), dtype, layout)
     source = torch.Generator().manual_seed(1)
     maps = indices = boxes = None
@@ -35,7 +51,7 @@ def inputs(batch=4, form="none", dtype=torch.float32, layout="contiguous", given
     mask = torch.rand(batch, 4, 6, generator=source) < 0.5 if given else None
     partners = torch.arange(batch).roll(1) if partner else None
     labels = torch.randint(0, 5, (batch,), generator=source)
-    return images, (labels, partners, maps, indices, boxes, mask, torch.tensor(3), 0)
+    return Given(images, labels, partners, Evidence(maps, indices, boxes=boxes), mask, torch.tensor(3))
 
 
 VARIANTS = {
@@ -56,87 +72,138 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_opcheck_mix(variant):
     made, settings = VARIANTS[variant]
-    images, rest = inputs(**made)
-    torch.library.opcheck(OPS.mix, (images, *rest, images.dtype, *SETTINGS._replace(**settings)))
+    given = inputs(**made)
+    torch.library.opcheck(
+        OPS.mix, (given.images, given.images.dtype, *given.rest(SETTINGS._replace(**settings)))
+    )
 
 
 def test_opcheck_mix_normalises_bytes():
-    images, rest = inputs(dtype=torch.uint8)
+    given = inputs(dtype=torch.uint8)
     settings = SETTINGS._replace(mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0))
-    torch.library.opcheck(OPS.mix, (images, *rest, torch.float16, *settings))
+    torch.library.opcheck(OPS.mix, (given.images, torch.float16, *given.rest(settings)))
 
 
 @pytest.mark.parametrize("operator", ["mix", "mix_out", "mix_"])
 def test_opcheck_places(operator):
-    images, rest = inputs(form="own")
-    labels, partner, _, _, boxes, *others = rest
+    given = inputs(form="own")
     maps = torch.randint(0, 256, (20, 6, 7), dtype=torch.uint8)
     ids, flips = torch.tensor([3, 19, 0, 3]), torch.tensor([True, False, False, True])
     affines = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).repeat(4, 1, 1)
-    out = (torch.empty_like(images),) if operator == "mix_out" else ()
-    head = (images, *out, labels, partner, maps, None)
-    tail = (images.dtype, *SETTINGS) if operator == "mix" else SETTINGS
-    torch.library.opcheck(getattr(OPS, operator), (*head, boxes, *others, *tail, ids, flips, None))
-    torch.library.opcheck(getattr(OPS, operator), (*head, None, *others, *tail, ids, None, affines))
+    second = {"mix": (torch.float32,), "mix_out": (torch.empty_like(given.images),), "mix_": ()}[operator]
+    for evidence in (
+        Evidence(maps, ids=ids, boxes=given.evidence.boxes, flips=flips), Evidence(maps, ids=ids, affines=affines)
+    ):  # fmt: skip
+        arguments = given._replace(evidence=evidence).rest(SETTINGS)
+        torch.library.opcheck(getattr(OPS, operator), (given.images, *second, *arguments))
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "strided"])
 def test_opcheck_mix_out(variant):
     made, settings = VARIANTS[variant]
-    images, rest = inputs(**made)
-    torch.library.opcheck(OPS.mix_out, (images, torch.empty_like(images), *rest, *SETTINGS._replace(**settings)))
+    given = inputs(**made)
+    rest = given.rest(SETTINGS._replace(**settings))
+    torch.library.opcheck(OPS.mix_out, (given.images, torch.empty_like(given.images), *rest))
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "partner" not in name and name != "strided"])
 def test_opcheck_mix_in_place(variant):
     made, settings = VARIANTS[variant]
-    images, rest = inputs(**made)
-    torch.library.opcheck(OPS.mix_, (images, *rest, *SETTINGS._replace(**settings)))
+    given = inputs(**made)
+    torch.library.opcheck(OPS.mix_, (given.images, *given.rest(SETTINGS._replace(**settings))))
 
 
 @pytest.mark.parametrize("mask_type", ["block", "random", "cutmix"])
 @pytest.mark.parametrize("batch", [1, 6])
 def test_opcheck_token_mask(mask_type, batch):
-    torch.library.opcheck(OPS.token_mask, (torch.tensor(1), 7, batch, 5, 9, *SETTINGS._replace(mask_type=mask_type)))
+    settings = as_text(SETTINGS._replace(mask_type=mask_type))
+    torch.library.opcheck(OPS.token_mask, (torch.tensor(1), 7, batch, 5, 9, settings))
 
 
 @pytest.mark.parametrize("form", ["own", "all", "topk"])
 def test_opcheck_pool_targets(form):
-    _, (labels, _, maps, indices, boxes, *_) = inputs(form=form)
+    given = inputs(form=form)
     mask = torch.rand(4, 3, 5) < 0.5
-    torch.library.opcheck(OPS.pool_targets, (maps, indices, labels, mask, boxes, None, "xyxy"))
-    head = (maps, indices, labels, mask)
-    torch.library.opcheck(OPS.pool_targets, (*head, boxes, torch.tensor([1, 1, 0, 3]), "xyxy"))
     ids, affines = torch.tensor([3, 0, 0, 1]), torch.eye(2, 3).repeat(4, 1, 1)
-    torch.library.opcheck(OPS.pool_targets, (*head, boxes, None, "xyxy", ids, torch.tensor([True, False] * 2), None))
-    torch.library.opcheck(OPS.pool_targets, (*head, None, None, "xyxy", ids, None, affines))
+    head = (given.labels, mask)
+    torch.library.opcheck(OPS.pool_targets, (*head, None, *given.evidence))
+    torch.library.opcheck(OPS.pool_targets, (*head, torch.tensor([1, 1, 0, 3]), *given.evidence))
+    flipped = given.evidence._replace(ids=ids, flips=torch.tensor([True, False] * 2))
+    torch.library.opcheck(OPS.pool_targets, (*head, None, *flipped))
+    torch.library.opcheck(OPS.pool_targets, (*head, None, *flipped._replace(flips=None, boxes=None, affines=affines)))
 
 
-@pytest.mark.parametrize("form", ["none", "own", "all", "topk"])
+BAD_VALUES = {
+    "labels": (lambda given: given._replace(labels=torch.tensor([0, 5, 1, 2])), r"labels must be in \[0, 5\), got 5"),
+    "partner": (lambda given: given._replace(partner=torch.tensor([0, 1, 2, -1])), "partner must be in .*, got -1"),
+    "ids": (
+        lambda given: given._replace(evidence=given.evidence._replace(ids=torch.tensor([0, 1, 2, 99]))),
+        "ids must be in .*, got 99",
+    ),
+    "boxes": (
+        lambda given: given._replace(evidence=given.evidence._replace(boxes=torch.ones(4, 4))),
+        "boxes must be .* for image 0",
+    ),
+}
+
+
 @pytest.mark.parametrize("operator", ["mix", "mix_out", "mix_"])
-def test_labels_out_of_range_add_nothing(operator, form):
-    """The public functions refuse them on a CPU; an operator that is called directly must not touch other memory."""
-    images, (_, partner, *rest) = inputs(form=form)
-    bad = torch.tensor([5, -1, 2**40, -(2**40)])
-    good = torch.tensor([0, 1, 2, 3])
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_an_operator_refuses_values_out_of_range(name, operator):
+    spoil, message = BAD_VALUES[name]
+    given = spoil(inputs(form="own"))
+    second = {"mix": (torch.float32,), "mix_out": (torch.empty_like(given.images),), "mix_": ()}[operator]
+    with pytest.raises(ValueError, match=message):
+        getattr(OPS, operator)(given.images, *second, *given.rest(SETTINGS))
 
-    def run(labels):
-        given = images.clone()
-        out = (torch.empty_like(given),) if operator == "mix_out" else ()
-        tail = (given.dtype, *SETTINGS) if operator == "mix" else SETTINGS
-        results = getattr(OPS, operator)(given, *out, labels, partner, *rest, *tail)
-        mixed = {"mix": results[0], "mix_out": out[0] if out else None, "mix_": given}[operator]
-        return mixed, *results[-3:]
 
-    mixed, targets, mask, weights = run(bad)
-    expected, _, expected_mask, expected_weights = run(good)
-    assert bits_equal(mixed, expected) and torch.equal(mask, expected_mask)
-    assert torch.equal(targets, torch.full((4, 5), 0.1 / 5))
-    if form in ("all", "topk"):  # no evidence for such a label: shares of the area
-        area = mask.float().mean((1, 2))
-        torch.testing.assert_close(weights, torch.stack([1 - area, area], 1), atol=1e-6, rtol=0)
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_a_compiled_mix_refuses_values_out_of_range(name, fresh_dynamo):
+    spoil, message = BAD_VALUES[name]
+    given = spoil(inputs(form="own"))
+    evidence = given.evidence
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(images, labels, partner, maps, boxes, ids):
+        return tokenmix(images, labels, maps=maps, boxes=boxes, ids=ids, partner=partner, num_classes=5, patch_size=8)
+
+    with pytest.raises(ValueError, match=message):
+        step(given.images, given.labels, given.partner, evidence.maps, evidence.boxes, evidence.ids)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["clone", "itself", "view", "slice"])
+def test_compiled_in_place_reads_no_pixel_that_it_wrote(kind, backend, fresh_dynamo):
+    """A compiler may drop the clone and hand one memory to both: every token from partner [3, 0, 1, 2]."""
+    partner, mask = torch.tensor([3, 0, 1, 2]), torch.ones(4, 4, 6, dtype=torch.bool)
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def step(images):
+        source = {"clone": images.clone, "itself": lambda: images, "view": lambda: images.view_as(images),
+                  "slice": lambda: images[:]}[kind]()  # fmt: skip
+        return tokenmix(
+            source, torch.arange(4), partner=partner, mask=mask, num_classes=5, patch_size=8, out=images
+        ).images
+
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 32, 48).clone()
+    if kind == "itself":
+        with pytest.raises(ValueError, match="partner must be its own inverse"):
+            step(images)
     else:
-        assert torch.equal(weights, expected_weights)
+        assert step(images)[:, 0, 0, 0].tolist() == [3, 0, 1, 2]
+
+
+def test_the_fields_of_settings_reach_the_mix_under_their_names():
+    """Each alpha is that of its branch: a Beta(1000) is close to one half, a Beta(0.1) close to an end."""
+    given = inputs(64)
+    settings = SETTINGS._replace(mixup_alpha=1000.0, cutmix_alpha=0.1, switch_prob=0.0)
+    weights = OPS.mix(given.images, torch.float32, *given.rest(settings))[3]
+    assert (weights - 0.5).abs().max() < 0.1
+    swapped = OPS.mix(given.images, torch.float32, *given.rest(settings._replace(mixup_alpha=0.1, cutmix_alpha=1000.0)))
+    assert (swapped[3] - 0.5).abs().mean() > 0.3
+    for text in ("[]", '{"num_classes": 5, "mixup": 1}', "no JSON", "{}"):
+        with pytest.raises(ValueError, match="settings must be a JSON object"):
+            OPS.token_mask(torch.tensor(1), 0, 2, 4, 4, text)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -182,7 +249,7 @@ def test_compiles_whole_with_changing_batches(backend, dynamic, fresh_dynamo):
         return out.mean(1), targets.sum()
 
     for number, batch in enumerate((4, 6, 3, 7, 4)):
-        images, (labels, *_) = inputs(batch)
+        images, labels = inputs(batch)[:2]
         seed = torch.tensor(number)
         out, targets = step(images, labels, seed)
         expected, expected_targets = mix(images * 2, labels, seed=seed)
@@ -200,7 +267,7 @@ def test_compiled_equals_eager_with_maps(backend, form, fresh_dynamo):
         return tokenmix(images, labels, maps=maps, boxes=boxes, num_classes=5, patch_size=8, mode="pair", seed=seed)
 
     for batch in (4, 5):
-        images, (labels, _, values, indices, boxes, *_) = inputs(batch, form)
+        images, labels, _, (values, indices, _, boxes, *_), *_ = inputs(batch, form)
         maps = values if indices is None else TopKMaps(values, indices)
         seed = torch.tensor(8)
         got = step(images, labels, values, indices, boxes, seed)
@@ -238,7 +305,7 @@ def test_compiled_in_place_and_into_out(backend, fresh_dynamo):
         return tokenmix(images, labels, out=out, seed=seed, **options).targets
 
     for batch in (4, 5):
-        images, (labels, *_) = inputs(batch)
+        images, labels = inputs(batch)[:2]
         seed = torch.tensor(2)
         expected = tokenmix(images, labels, seed=seed, **options)
         out = torch.full_like(images, float("nan"))

@@ -135,7 +135,7 @@ def packed_batch(values, indices, crops, labels):
     return packed
 
 
-@pytest.mark.parametrize("axes", ["right", "published"])
+@pytest.mark.parametrize("axes", ["correct", "published"])
 def test_packed_label_maps(axes):
     batch = 6
     source = generator(4)

@@ -41,5 +41,5 @@ def empty_images(images: Tensor, dtype: torch.dtype) -> Tensor:
     raw = torch.frombuffer(block, dtype=torch.uint8)
     first = -raw.data_ptr() % HUGE // dtype.itemsize
     like = torch.empty_like(images, dtype=dtype, device="meta")
-    out = torch.empty(0, dtype=dtype)
+    out = torch.empty(0, dtype=dtype, device="cpu")
     return out.set_(raw.untyped_storage(), first, like.shape, like.stride())

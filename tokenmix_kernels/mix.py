@@ -5,31 +5,22 @@ The method is that of Liu et al., "TokenMix: Rethinking Image Mixing for Data Au
 `timm.data.Mixup`.
 """
 
+import sys
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.data import get_worker_info
 
-from . import checks, ops, reference
-from .settings import Settings
+from . import dispatch, inputs, reference
+from .inputs import Evidence, TopKMaps
+from .settings import Settings, as_text
 
 __all__ = ["Mixed", "TokenMix", "TopKMaps", "pool_targets", "token_mask", "tokenmix"]
-
-
-class TopKMaps(NamedTuple):
-    """Activation maps of each position's k strongest classes.
-
-    Attributes:
-        values: [B, k, h, w] float32, float16, bfloat16 or uint8.
-        indices: [B, k, h, w] class numbers: int64, int32, int16, uint8, or float32.
-    """
-
-    values: Tensor
-    indices: Tensor
 
 
 Maps = Tensor | TopKMaps
@@ -71,21 +62,24 @@ class TokenMix(nn.Module):
         num_classes: K, classes of the targets.
         mask_type: the second branch: 'block' (several rectangles of tokens, the paper's), 'random' (single tokens) or
             'cutmix' (one rectangle of pixels, as timm draws it).
-        minimum_tokens: tokens that are masked beside the (1 - lam) * G (the published code's 14 of 196).
+        minimum_tokens: tokens that are masked beside the (1 - lam) * G. Not given: G / 14, which is the published
+            code's 14 where the grid has 14x14 tokens.
         lam: share kept from the own image in the second branch, or 'beta' for Beta(cutmix_alpha, cutmix_alpha).
             timm's CutMix is mask_type='cutmix', lam='beta'.
-        patch_size: P, side of a token in pixels.
+        patch_size: P, side of a token in pixels; a pair of equal sides, as timm's models have it, is taken too.
         mean, std: normalise (x - mean) / std in the same pass; one value for each channel, in the images' units (for
             uint8, 0 to 255).
         out_dtype: dtype of the mixed images; the images' own if not given, float32 for uint8 with mean and std.
-        crop_axes: how the crop in a packed label-map batch is read: 'right', or 'published' for the published code's,
+        crop_axes: how the crop in a packed label-map batch is read: 'correct', or 'published' for the published code's,
             which takes top for left.
 
     Attributes:
-        mixup_enabled: False hands on the images unmixed (normalised where mean is given) with smoothed labels.
+        mixup_enabled: False returns the images unmixed (normalised where mean is given) with smoothed labels, as a
+            module in eval mode does. Settings cannot be changed after they are made: make a new TokenMix.
 
     Raises:
         ValueError: a setting out of range, in one sentence.
+        AttributeError: an attribute is set that would change nothing.
     """
 
     mixup_enabled: bool
@@ -103,13 +97,13 @@ class TokenMix(nn.Module):
         num_classes: int = 1000,
         *,
         mask_type: str = "block",
-        minimum_tokens: int = 14,
+        minimum_tokens: int | None = None,
         lam: float | str = 0.5,
-        patch_size: int = 16,
+        patch_size: int | tuple[int, int] = 16,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         out_dtype: torch.dtype | None = None,
-        crop_axes: str = "right",
+        crop_axes: str = "correct",
     ) -> None:
         super().__init__()
         self.settings = make_settings(
@@ -124,6 +118,17 @@ class TokenMix(nn.Module):
         self.crop_format = crop_format(crop_axes)
         self.mixup_enabled = True
         result_dtype(torch.uint8, out_dtype, self.settings)
+        self._made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_made" in self.__dict__ and name not in ("mixup_enabled", "training") and not name.startswith("_"):
+            fixed = (*Settings._fields, "settings", "unmixed", "out_dtype", "crop_format", "mix_prob", "cutmix_minmax")
+            if type(self) is TokenMix or name in fixed:
+                raise AttributeError(
+                    f"{name} must not be set: it would change nothing. Make a new TokenMix with the setting, or switch "
+                    "mixing off by mixup_enabled"
+                )
+        super().__setattr__(name, value)
 
     def forward(
         self,
@@ -138,26 +143,29 @@ class TokenMix(nn.Module):
         partner: Tensor | None = None,
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
-        sample_offset: int = 0,
+        sample_offset: int | None = None,
         out: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
-        """Mix a batch. Arguments, forms of `maps` and errors are those of `tokenmix`.
+        """Mix a batch; in eval mode, or where mixup_enabled is False, only normalise it and smooth its labels.
+
+        Arguments, forms of `maps` and errors are those of `tokenmix`.
 
         Returns:
             (images [B, C, H, W], targets [B, num_classes] float32).
         """
-        settings = self.settings if self.mixup_enabled else self.unmixed
+        settings = self.settings if self.mixup_enabled and self.training else self.unmixed
         mixed = run(
-            images, labels, maps, boxes, ids, flips, affines, None, partner, seed, generator, sample_offset, out,
-            self.out_dtype, backend, settings, self.crop_format,
+            images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, self.crop_format), None, partner,
+            seed, generator, sample_offset, out, self.out_dtype, backend, settings, whole=False,
         )  # fmt: skip
         return mixed[0], mixed[1]
 
     def extra_repr(self) -> str:
         shown = {name: value for name, value in self.settings._asdict().items() if value != ()}
         shown["lam"] = "beta" if self.settings.lam < 0 else self.settings.lam
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if name != "box_format")
+        shown["minimum_tokens"] = None if self.settings.minimum_tokens < 0 else self.settings.minimum_tokens
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def tokenmix(
@@ -172,15 +180,15 @@ def tokenmix(
     affines: Tensor | None = None,
     mask: Tensor | None = None,
     partner: Tensor | None = None,
-    patch_size: int = 16,
+    patch_size: int | tuple[int, int] = 16,
     lam: float | str = 0.5,
-    minimum_tokens: int = 14,
+    minimum_tokens: int | None = None,
     mask_type: str = "block",
     mode: str = "batch",
     label_smoothing: float = 0.1,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
-    sample_offset: int = 0,
+    sample_offset: int | None = None,
     cutmix_alpha: float = 1.0,
     cutmix_minmax: Sequence[float] | None = None,
     correct_lam: bool = True,
@@ -188,7 +196,7 @@ def tokenmix(
     std: Sequence[float] | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    crop_axes: str = "right",
+    crop_axes: str = "correct",
     backend: str = "auto",
 ) -> Mixed:
     """Mix a batch of images token by token, with targets that follow the evidence (TokenMix, eq. 3 to 7).
@@ -200,9 +208,9 @@ def tokenmix(
     trains with binary cross-entropy. With mask_type 'cutmix' targets are timm's, w * (1 - eps) + eps / K.
 
     Args:
-        images: [B, C, H, W] float32, float16, bfloat16 or uint8; H and W multiples of patch_size; contiguous,
+        images: [B, C, H, W] float32, float16, bfloat16, float64 or uint8; H and W multiples of patch_size; contiguous,
             channels_last, or any strides. Never changed unless `out` is `images`.
-        labels: [B] int64 or int32 class numbers; or a packed label-map batch [B, 3, k, h, w] float32 of TokenLabeling
+        labels: [B] class numbers of any integer dtype or bool; or a packed label-map batch [B, 3, k, h, w] float32 of TokenLabeling
             and the published TokenMix, which holds values, class numbers, crop and label.
         num_classes: K.
         maps: activation maps: of the own label [B, h, w], of all classes [B, K, h, w], or `TopKMaps`; up to 64x64
@@ -219,9 +227,11 @@ def tokenmix(
             mean, std, out_dtype, crop_axes: as for `TokenMix`.
         seed: key of all draws, an integer or a 0-d int64 tensor on the CPU or on the images' device. Drawn from
             torch's CPU generator, or `generator`, if not given. The same seed gives the same masks on every device.
-        generator: where a seed that is not given comes from.
+        generator: where a seed that is not given comes from. In a worker of a DataLoader, where all workers have a copy
+            of it, the worker's own seed is added.
         sample_offset: global index of the batch's first sample; part of the random counters, so that the parts of a
-            batch that is spread over processes draw (mode 'elem') what the whole batch would.
+            batch that is spread over processes draw (mode 'elem') what the whole batch would. Not given: B times the
+            rank where torch.distributed is initialised, so that every rank has masks of its own, else 0.
         out: where the mixed images go. `images` itself mixes in place; partners must then be mutual.
         backend: 'auto' (kernels on a GPU, else the reference), 'reference', or 'triton' (the kernels, on CPU tensors
             under Triton's interpreter).
@@ -231,8 +241,8 @@ def tokenmix(
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape or range, named in one sentence. Ranges of labels,
-            partners and boxes are looked at on a CPU only. On a GPU, where that would make the host wait, a label out
-            of range adds nothing to the targets, and a partner out of range is the image itself.
+            partners, ids and boxes are checked on a CPU only, compiled or not. On a GPU, where that would make the host
+            wait, a label out of range adds nothing to the targets, and a partner out of range is the image itself.
     """
     settings = make_settings(
         num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, given=mask is not None, mode=mode, lam=lam,
@@ -240,8 +250,8 @@ def tokenmix(
         minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
     )  # fmt: skip
     return run(
-        images, labels, maps, boxes, ids, flips, affines, mask, partner, seed, generator, sample_offset, out, out_dtype,
-        backend, settings, crop_format(crop_axes),
+        images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, crop_format(crop_axes)), mask, partner,
+        seed, generator, sample_offset, out, out_dtype, backend, settings,
     )  # fmt: skip
 
 
@@ -250,13 +260,13 @@ def token_mask(
     grid: tuple[int, int],
     *,
     lam: float | str = 0.5,
-    minimum_tokens: int = 14,
+    minimum_tokens: int | None = None,
     mask_type: str = "block",
     mode: str = "elem",
     cutmix_alpha: float = 1.0,
-    patch_size: int = 16,
+    patch_size: int | tuple[int, int] = 16,
     seed: int | Tensor | None = None,
-    sample_offset: int = 0,
+    sample_offset: int | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -273,9 +283,9 @@ def token_mask(
     Returns:
         [B, Gh, Gw] bool, True where the token is to be taken from the partner.
     """
-    checks.is_count("batch", batch, 1)
+    batch = inputs.as_count("batch", batch, 1)
     grid_h, grid_w = grid
-    checks.check_grid(grid_h, grid_w)
+    inputs.check_grid(grid_h, grid_w)
     settings = make_settings(
         num_classes=1, patch_size=patch_size, mask_type=mask_type, mode=mode, lam=lam, minimum_tokens=minimum_tokens,
         cutmix_alpha=cutmix_alpha,
@@ -286,10 +296,11 @@ def token_mask(
     key = as_seed(seed, None, home)
     if key.device != home:
         key = key.to(home, non_blocking=True)
-    module = backend_of(backend, key)
+    offset = as_offset(sample_offset, batch)
+    module = named_backend(backend)
     if module is not None:
-        return module.token_mask(batch, (grid_h, grid_w), key, sample_offset, settings).to(home)
-    return ops.token_mask(key, sample_offset, batch, grid_h, grid_w, *settings)
+        return module.token_mask(batch, (grid_h, grid_w), key, offset, settings).to(home)
+    return dispatch.token_mask(key, offset, batch, grid_h, grid_w, as_text(settings))
 
 
 def pool_targets(
@@ -308,7 +319,7 @@ def pool_targets(
 
     Args:
         maps: [B, h, w], [B, K, h, w] or `TopKMaps`, as for `tokenmix`.
-        labels: [B] int64 or int32.
+        labels: [B] class numbers of any integer dtype or bool.
         mask: [B, Gh, Gw] bool, True = from the partner.
         boxes, ids, flips, affines, partner, backend: as for `tokenmix`.
 
@@ -319,42 +330,76 @@ def pool_targets(
         TypeError, ValueError: as `tokenmix`.
     """
     values, indices = maps if isinstance(maps, TopKMaps) else (maps, None)
-    checks.is_tensor("mask", mask)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
     if mask.dim() != 3:
         raise ValueError(f"mask must be [B, Gh, Gw], got {list(mask.shape)}")
-    batch = mask.shape[0]
-    checks.check_grid(*mask.shape[1:])
-    checks.check_mask(mask, batch, (mask.shape[1], mask.shape[2]), mask)
-    checks.check_maps(values, indices, batch, mask, ids)
-    checks.check_labels(labels, mask, None)
-    checks.check_places(boxes, flips, affines, batch, mask)
+    batch, device = mask.shape[0], mask.device
+    inputs.check_grid(*mask.shape[1:])
+    inputs.check_mask(mask, batch, (mask.shape[1], mask.shape[2]), device)
+    if values is None:
+        raise TypeError("maps must be a torch.Tensor or TopKMaps, got None")
+    evidence = Evidence(values, indices, ids, boxes, flips, affines)
+    inputs.check_evidence(evidence, batch, device)
+    inputs.check_labels(labels, batch, device, inputs.LABEL_DTYPES)
     if partner is not None:
-        checks.check_partner(partner, batch, mask)
-    module = backend_of(backend, values)
+        inputs.check_partner(partner, batch, device)
+    module = named_backend(backend)
     if module is not None:
-        return module.pool_targets(values, indices, labels, mask, boxes, partner, "xyxy", ids, flips, affines)
-    return ops.pool_targets(values, indices, labels, mask, boxes, partner, "xyxy", ids, flips, affines)
+        if not device.type == "cuda":
+            inputs.check_values(labels, partner, evidence, None)
+        return module.pool_targets(evidence, labels, mask, partner)
+    return dispatch.pool_targets(labels, mask, partner, *evidence)
 
 
 def crop_format(crop_axes: str) -> str:
     """The box format of a packed label-map batch."""
-    checks.one_of("crop_axes", crop_axes, ("right", "published"))
-    return "crop" if crop_axes == "right" else "crop_swapped"
+    inputs.one_of("crop_axes", crop_axes, ("correct", "published"))
+    return "crop" if crop_axes == "correct" else "crop_swapped"
 
 
-def make_settings(*, lam: float | str, mask_type: str, given: bool = False, **values: Any) -> Settings:
+def make_settings(
+    *,
+    num_classes: int,
+    patch_size: int | tuple[int, int],
+    mask_type: str,
+    mode: str,
+    lam: float | str,
+    minimum_tokens: int | None,
+    given: bool = False,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 1.0,
+    prob: float = 1.0,
+    switch_prob: float = 1.0,
+    minmax: Sequence[float] | None = None,
+    correct_lam: bool = True,
+    label_smoothing: float = 0.1,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Settings:
     """Checked settings from a caller's arguments; `given` where the mask is an input, whatever mask_type says."""
-    checks.one_of("mask_type", mask_type, ("block", "random", "cutmix"))
+    inputs.one_of("mask_type", mask_type, ("block", "random", "cutmix"))
+    share, alpha = "the share to keep, in [0, 1], or 'beta'", "in [0, 1000]; 0 switches the branch off"
     if isinstance(lam, str) and lam != "beta":
-        raise ValueError(f"lam must be the share to keep, in [0, 1], or 'beta', got {lam!r}")
-    if not isinstance(lam, str):
-        checks.is_number("lam", lam, 0, 1, "the share to keep, in [0, 1], or 'beta'")
-    for name in ("minmax", "mean", "std"):
-        values[name] = checks.as_numbers("cutmix_minmax" if name == "minmax" else name, values.get(name))
+        raise ValueError(f"lam must be {share}, got {lam!r}")
     settings = Settings(
-        lam=-1.0 if lam == "beta" else float(lam), mask_type="given" if given else mask_type, **values
-    )  # fmt: skip
-    checks.check_settings(settings)
+        num_classes=inputs.as_count("num_classes", num_classes, 1),
+        patch_size=inputs.as_patch_size(patch_size),
+        mask_type="given" if given else mask_type,
+        mode=mode,
+        lam=-1.0 if isinstance(lam, str) else inputs.as_number("lam", lam, 0, 1, share),
+        minimum_tokens=-1 if minimum_tokens is None else inputs.as_count("minimum_tokens", minimum_tokens, 0),
+        mixup_alpha=inputs.as_number("mixup_alpha", mixup_alpha, 0, 1000, alpha),
+        cutmix_alpha=inputs.as_number("cutmix_alpha", cutmix_alpha, 0, 1000, alpha),
+        prob=inputs.as_number("prob", prob, 0, 1, "a probability in [0, 1]"),
+        switch_prob=inputs.as_number("switch_prob", switch_prob, 0, 1, "a probability in [0, 1]"),
+        minmax=inputs.as_numbers("cutmix_minmax", minmax),
+        correct_lam=correct_lam,
+        label_smoothing=inputs.as_number("label_smoothing", label_smoothing, 0, 1, "in [0, 1]"),
+        mean=inputs.as_numbers("mean", mean),
+        std=inputs.as_numbers("std", std),
+    )
+    inputs.check_settings(settings)
     return settings
 
 
@@ -363,8 +408,10 @@ def result_dtype(dtype: torch.dtype, out_dtype: torch.dtype | None, settings: Se
     if out_dtype is None:
         return torch.float32 if settings.mean and dtype == torch.uint8 else dtype
     plain_bytes = dtype == torch.uint8 and not settings.mean
-    if out_dtype not in checks.IMAGE_DTYPES or (out_dtype == torch.uint8 and not plain_bytes):
-        raise TypeError(f"out_dtype must be float32, float16, bfloat16 (or uint8 for plain bytes), got {out_dtype}")
+    if out_dtype not in inputs.IMAGE_DTYPES or (out_dtype == torch.uint8 and not plain_bytes):
+        raise TypeError(
+            f"out_dtype must be float32, float16, bfloat16, float64 (or uint8 for plain bytes), got {out_dtype}"
+        )
     return out_dtype
 
 
@@ -373,90 +420,118 @@ def as_seed(seed: int | Tensor | None, generator: torch.Generator | None, device
     if isinstance(seed, Tensor):
         if seed.dim() or seed.dtype != torch.int64:
             raise ValueError(f"seed must be an integer or a 0-d int64 tensor, got {seed.dtype} {list(seed.shape)}")
+        if seed.device.type != "cpu" and seed.device != device:
+            raise ValueError(f"seed must be on the CPU or on {device}, where the batch is, got {seed.device}")
         return seed
     if seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed must be a 64-bit integer or a 0-d int64 tensor, got {seed!r}")
-        return torch.tensor(seed)
+        number = inputs.as_seed_number(seed)
+        return torch.tensor(number, dtype=torch.int64, device="cpu")
     if generator is not None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=generator.device, generator=generator)
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device=generator.device, generator=generator)
+        worker = get_worker_info()
+        return drawn if worker is None else drawn ^ (worker.seed & (2**62 - 1))
     in_graph = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device if in_graph else "cpu")
 
 
-def backend_of(backend: str, tensor: Tensor) -> ModuleType | None:
+def as_offset(sample_offset: int | None, batch: int) -> int:
+    """The given offset, or the batch's place among the ranks'."""
+    if sample_offset is not None:
+        return inputs.as_offset(sample_offset)
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() * batch
+    return 0
+
+
+def named_backend(backend: str) -> ModuleType | None:
     """The module that is asked for by name, or None: the operator decides."""
+    inputs.one_of("backend", backend, ("auto", "reference", "triton"))
     if backend == "auto":
         return None
-    checks.one_of("backend", backend, ("auto", "reference", "triton"))
-    return reference if backend == "reference" else launchers()
-
-
-@cache
-def launchers() -> ModuleType:
-    """The kernels, imported when they are first asked for: a machine without Triton has the reference alone."""
-    from . import kernels
-
-    return kernels
+    return reference if backend == "reference" else dispatch.kernels()
 
 
 def run(
     images: Tensor,
     labels: Tensor,
     maps: Maps | None,
-    boxes: Tensor | None,
-    ids: Tensor | None,
-    flips: Tensor | None,
-    affines: Tensor | None,
+    places: Evidence,
     mask: Tensor | None,
     partner: Tensor | None,
     seed: int | Tensor | None,
     generator: torch.Generator | None,
-    sample_offset: int,
+    sample_offset: int | None,
     out: Tensor | None,
     out_dtype: torch.dtype | None,
     backend: str,
     settings: Settings,
-    packed_format: str,
+    whole: bool = True,
 ) -> Mixed:
-    """Check, and call the operator that fits `out`, or the kernels at once."""
+    """Check, and call the operator that fits `out`, or the kernels at once.
+
+    `places` is the evidence without its maps; `whole` False where images and targets are all that is wanted.
+    """
+    given = images
+    if is_tv_tensor(images):
+        images = images.as_subclass(Tensor)
     values, indices = maps if isinstance(maps, TopKMaps) else (maps, None)
     packed = isinstance(labels, Tensor) and labels.dim() == 5
     if packed:
-        values, indices, boxes, labels = unpack_label_maps(labels, values, boxes)
-        settings = settings._replace(box_format=packed_format)
+        values, indices, boxes, labels = unpack_label_maps(labels, values, places.boxes)
+        evidence = places._replace(maps=values, indices=indices, boxes=boxes)
+    else:
+        evidence = places._replace(maps=values, indices=indices, box_format="xyxy")
     at_once = backend == "auto" and launches_at_once(images)
-    inputs = (images, labels, partner, values, indices, ids, boxes, flips, affines, mask)
-    form = form_of(inputs, settings, out_dtype) if at_once else None
+    form = form_of((images, labels, partner, *evidence[:6], mask), settings, out_dtype) if at_once else None
     if form is None or form not in PASSED:
-        check_inputs(*inputs, settings, (torch.float32,) if packed else checks.LABEL_DTYPES)
+        dtypes = (torch.float32,) if packed else inputs.LABEL_DTYPES
+        inputs.check_form(images, labels, partner, evidence, mask, settings, dtypes)
         result_dtype(images.dtype, out_dtype, settings)
         if form is not None and len(PASSED) < MOST_PASSED:
             PASSED.add(form)
-    if isinstance(sample_offset, bool) or not isinstance(sample_offset, (int, torch.SymInt)):
-        raise TypeError(f"sample_offset must be a whole number, got {sample_offset!r}")
+    offset = as_offset(sample_offset, images.shape[0])
     dtype = result_dtype(images.dtype, out_dtype, settings)
     in_place = False
     if out is not None:
-        checks.check_out(images, out, dtype, settings)
-        in_place = checks.is_same(out, images)
-    if partner is not None and in_place:
-        checks.check_partner(partner, images.shape[0], images, in_place)
-    module = backend_of("triton" if at_once else backend, images)
+        target = out.as_subclass(Tensor) if is_tv_tensor(out) else out
+        inputs.check_out(images, target, dtype)
+        in_place = out is given or (in_memory(images) and inputs.shares_memory(images, target))
+        if in_place and settings.mean:
+            raise ValueError("out must not be images where mean and std are given: only what moves is touched in place")
+    module = dispatch.kernels() if at_once else named_backend(backend)
     key = as_seed(seed, generator, images.device)
 
-    places = (ids, flips, affines)
-    given = (labels, partner, values, indices, boxes, mask, key, sample_offset)
-    if module is None:
-        if out is None:
-            return Mixed(*ops.mix(images, *given, dtype, *settings, *places))
-        if in_place:
-            return Mixed(out, *ops.mix_inplace(images, *given, *settings, *places))
-        return Mixed(out, *ops.mix_out(images, out, *given, *settings, *places))
-    if in_place and out is not None:
-        return Mixed(out, *module.mix_inplace(images, *given, settings, *places))
-    place = torch.empty_like(images, dtype=dtype) if out is None else out
-    return Mixed(place, *module.mix(images, labels, place, *given[1:], settings, *places))
+    if module is not None:
+        place = images if in_place else torch.empty_like(images, dtype=dtype) if out is None else target
+        options = {} if module is reference else {"whole": whole}
+        result = dispatch.mix_into(
+            module, images, place, labels, partner, evidence, mask, key, offset, settings, **options
+        )
+        return Mixed(as_given(place, given) if out is None else out, *result[:3])
+    rest = (labels, partner, *evidence, mask, key, offset, as_text(settings))
+    if out is None:
+        mixed, *result = dispatch.mix(images, dtype, *rest)
+        return Mixed(as_given(mixed, given), *result[:3])
+    result = dispatch.mix_inplace(images, *rest) if in_place else dispatch.mix_out(images, target, *rest)
+    return Mixed(out, *result[:3])
+
+
+def is_tv_tensor(tensor: Any) -> bool:
+    """Whether a tensor is one of torchvision's, which come out as what they went in."""
+    known = sys.modules.get("torchvision.tv_tensors")
+    return known is not None and isinstance(tensor, known.TVTensor)
+
+
+def as_given(mixed: Tensor, given: Tensor) -> Tensor:
+    """The mixed images as the type of tensor that was given."""
+    return mixed.as_subclass(type(given)) if is_tv_tensor(given) else mixed
+
+
+def in_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has an address (not while tracing, nor on the meta device)."""
+    return type(tensor) is Tensor and not tensor.is_meta and not torch.compiler.is_compiling()
 
 
 # Forms of inputs that passed the checks, so that a step on a GPU, where values are not looked at, need not repeat them.
@@ -474,52 +549,15 @@ def launches_at_once(images: Tensor) -> bool:
     )
 
 
-def form_of(inputs: tuple[Tensor | None, ...], *constant: Any) -> tuple[Any, ...]:
+def form_of(tensors: tuple[Tensor | None, ...], *constant: Any) -> tuple[Any, ...]:
     """All that the checks look at on a GPU: shapes, strides, dtypes, devices, and what is constant."""
     form: list[Any] = [torch.is_grad_enabled(), *constant]
-    for tensor in inputs:
+    for tensor in tensors:
         if isinstance(tensor, Tensor):
             form += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
         else:
             form.append(tensor)
     return tuple(form)
-
-
-def check_inputs(
-    images: Tensor,
-    labels: Tensor,
-    partner: Tensor | None,
-    values: Tensor | None,
-    indices: Tensor | None,
-    ids: Tensor | None,
-    boxes: Tensor | None,
-    flips: Tensor | None,
-    affines: Tensor | None,
-    mask: Tensor | None,
-    settings: Settings,
-    label_dtypes: tuple[torch.dtype, ...],
-) -> None:
-    """Raise TypeError or ValueError for the first input that is not what it should be."""
-    checks.check_images(images, settings)
-    batch = images.shape[0]
-    checks.check_labels(labels, images, settings.num_classes, label_dtypes)
-    if values is not None:
-        checks.check_maps(values, indices, batch, images, ids)
-        if values.dim() == 4 and indices is None and values.shape[1] != settings.num_classes:
-            raise ValueError(
-                f"maps of all classes must be [B, {settings.num_classes}, h, w], got {list(values.shape)}; "
-                "maps of the strongest classes come with their numbers, as TopKMaps"
-            )
-        checks.check_places(boxes, flips, affines, batch, images, settings.box_format)
-    else:
-        for name, place in (("boxes", boxes), ("ids", ids), ("flips", flips), ("affines", affines)):
-            if place is not None:
-                raise ValueError(f"{name} must come with maps, which say what part of its evidence an image shows")
-    if mask is not None:
-        patch = settings.patch_size
-        checks.check_mask(mask, batch, (images.shape[2] // patch, images.shape[3] // patch), images)
-    if partner is not None:
-        checks.check_partner(partner, batch, images)
 
 
 def unpack_label_maps(

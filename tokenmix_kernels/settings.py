@@ -1,29 +1,59 @@
-"""The settings of one mix, as plain numbers, and what the reference and the kernels derive from them."""
+"""The settings of a mix, the table of mask rules, and the integers that reference and kernels derive from them."""
 
+import json
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["BATCH", "BLOCK", "COPY", "CUTMIX", "ELEM", "GIVEN", "MIXUP", "PAIR", "RANDOM", "Plan", "Settings", "plan"]
+import torch
 
-# Who shares a draw.
+__all__ = [
+    "BATCH", "COPY", "ELEM", "GIVEN", "MASK_RULES", "MIXUP", "MODES", "PAIR", "MaskRule", "Plan", "Settings",
+    "area_bits", "as_text", "from_text", "has_drawn_lam", "make_plan",
+]  # fmt: skip
+
+# Which samples share a draw.
 BATCH, PAIR, ELEM = 0, 1, 2
-# What a sample's draw says: leave it, blend it, or take tokens or a rectangle of pixels from the partner.
-COPY, MIXUP, BLOCK, RANDOM, CUTMIX, GIVEN = 0, 1, 2, 3, 4, 5
-
 MODES = {"batch": BATCH, "pair": PAIR, "elem": ELEM}
-MASK_TYPES = {"block": BLOCK, "random": RANDOM, "cutmix": CUTMIX, "given": GIVEN}
+# Kinds of a sample beside the mask rules: left as it is, blended.
+COPY, MIXUP = 0, 1
+
+
+class MaskRule(NamedTuple):
+    """How the second branch takes pixels from the partner.
+
+    A rule NAME of whole tokens is a function `NAME_mask` in `reference/draw.py` and in `kernels/draw.py`.
+
+    Attributes:
+        kind: number of samples that are mixed by this rule.
+        whole_tokens: False where a rectangle of pixels is taken, which may cut tokens. Targets of whole tokens have
+            the paper's smoothing, those of rectangles timm's.
+        drawn: False where the mask is an input.
+    """
+
+    kind: int
+    whole_tokens: bool = True
+    drawn: bool = True
+
+
+MASK_RULES = {
+    "block": MaskRule(2),
+    "random": MaskRule(3),
+    "cutmix": MaskRule(4, whole_tokens=False),
+    "given": MaskRule(5, drawn=False),
+}
+GIVEN = MASK_RULES["given"].kind
 
 
 class Settings(NamedTuple):
-    """What is constant from step to step. Every field is a plain number, string or list, as an operator's schema wants.
+    """What is constant from step to step.
 
     Attributes:
         num_classes: K, width of the targets.
         patch_size: P, side of a token in pixels.
-        mask_type: 'block', 'random', 'cutmix' or 'given' (the mask is an input).
-        mode: who shares a draw: 'batch', 'pair' or 'elem'.
+        mask_type: a name of `MASK_RULES`.
+        mode: which samples share a draw: 'batch', 'pair' or 'elem'.
         lam: share kept from the own image in the second branch; below 0 it comes from Beta(cutmix_alpha, cutmix_alpha).
-        minimum_tokens: tokens added to the (1 - lam) * G that are masked.
+        minimum_tokens: tokens added to the (1 - lam) * G that are masked; -1 for the paper's 14 of 196, in proportion.
         mixup_alpha: the first branch is Mixup with this Beta; 0 switches the branch off.
         cutmix_alpha: the Beta of the second branch; 0 switches the branch off.
         prob: probability that a draw mixes at all.
@@ -32,8 +62,6 @@ class Settings(NamedTuple):
         correct_lam: CutMix weights follow the clipped area, not the drawn lam.
         label_smoothing: epsilon of the targets.
         mean, std: per-channel normalisation, or empty.
-        box_format: how boxes are stored: 'xyxy', or a packed label-map batch's 'crop' (top, left, height, width) or its
-            'crop_swapped' reading.
     """
 
     num_classes: int
@@ -41,7 +69,7 @@ class Settings(NamedTuple):
     mask_type: str = "block"
     mode: str = "batch"
     lam: float = 0.5
-    minimum_tokens: int = 14
+    minimum_tokens: int = -1
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 1.0
     prob: float = 1.0
@@ -51,50 +79,90 @@ class Settings(NamedTuple):
     label_smoothing: float = 0.1
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    box_format: str = "xyxy"
+
+
+@torch.compiler.assume_constant_result
+def as_text(settings: Settings) -> str:
+    """The settings as JSON, as the operators take them. A traced graph holds the text as a constant."""
+    return cached_text(settings)
+
+
+@lru_cache(maxsize=256)
+def cached_text(settings: Settings) -> str:
+    return json.dumps(settings._asdict())
+
+
+@lru_cache(maxsize=256)
+def from_text(text: str) -> Settings:
+    """Settings from an operator's argument: a JSON object of `Settings` fields, those with defaults may be left out.
+
+    Raises:
+        ValueError: not a JSON object, or one with other fields.
+    """
+    try:
+        fields = json.loads(text)
+        return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    except (AttributeError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"settings must be a JSON object of the fields of Settings, got {text!r}: {error}") from None
 
 
 class Plan(NamedTuple):
-    """Integers of a draw, for one grid.
+    """Integers of a draw for one grid, in the order in which the kernel takes them.
 
     Attributes:
         mixes: a draw mixes when its 24-bit random number is below this.
         switches: it takes the second branch when its 24-bit random number is below this.
-        tokens: N, tokens to mask for a constant lam; -1 where lam is drawn.
         lam: constant lam in units of 2**-16; -1 where it is drawn.
-        area_bits: k, fraction bits of a rectangle's area.
-        cuts: (lowest, highest) height, (lowest, highest) width of a rectangle with minmax, or zeros.
+        tokens: N, tokens to mask for a constant lam; -1 where it is drawn.
+        minimum_tokens: tokens to mask beside those of a drawn lam.
+        low_h, span_h, low_w, span_w: smallest height of a rectangle with minmax and the number of heights to choose
+            from, the same for its width; zeros without minmax.
     """
 
     mixes: int
     switches: int
-    tokens: int
     lam: int
-    area_bits: int
-    cuts: tuple[int, int, int, int]
+    tokens: int
+    minimum_tokens: int
+    low_h: int = 0
+    span_h: int = 0
+    low_w: int = 0
+    span_w: int = 0
 
 
 @lru_cache(maxsize=256)
-def plan(settings: Settings, height: int, width: int) -> Plan:
+def make_plan(settings: Settings, height: int, width: int) -> Plan:
     """The integers that a draw is made with, for images of height x width pixels."""
-    grid_h, grid_w = height // settings.patch_size, width // settings.patch_size
-    tokens_in_all = grid_h * grid_w
+    count = (height // settings.patch_size) * (width // settings.patch_size)
     if settings.mixup_alpha > 0 and settings.cutmix_alpha > 0:
         switch_prob = settings.switch_prob
     else:
         switch_prob = 1.0 if settings.cutmix_alpha > 0 else 0.0
-    constant = settings.lam >= 0
-    tokens = min(tokens_in_all, int((1 - settings.lam) * tokens_in_all) + settings.minimum_tokens)
-    cuts = (0, 0, 0, 0)
+    least = (count + 7) // 14 if settings.minimum_tokens < 0 else min(settings.minimum_tokens, count)
+    rectangle: tuple[int, ...] = ()
     if settings.minmax:
         low, high = settings.minmax
-        cuts = (int(height * low), int(height * high), int(width * low), int(width * high))
+        for side in (height, width):
+            rectangle += (int(side * low), max(int(side * high) - int(side * low), 1))
+    constant = settings.lam >= 0
     return Plan(
-        mixes=round(settings.prob * (1 << 24)),
-        switches=round(switch_prob * (1 << 24)),
-        tokens=tokens if constant else -1,
-        lam=round(settings.lam * 65536) if constant else -1,
-        # An area below 2**24 is exact in fp32, so its square root's integer part needs one rounded instruction.
-        area_bits=min(16, (24 - tokens_in_all.bit_length()) & ~1),
-        cuts=cuts,
+        round(settings.prob * (1 << 24)),
+        round(switch_prob * (1 << 24)),
+        round(settings.lam * 65536) if constant else -1,
+        min(count, int((1 - settings.lam) * count) + least) if constant else -1,
+        least,
+        *rectangle,
     )
+
+
+def has_drawn_lam(settings: Settings) -> bool:
+    """Whether lam of the second branch comes from Beta(cutmix_alpha, cutmix_alpha)."""
+    return settings.lam < 0 and settings.cutmix_alpha > 0 and MASK_RULES[settings.mask_type].drawn
+
+
+def area_bits(count: int) -> int:
+    """Fraction bits of a rectangle's area on a grid of `count` tokens.
+
+    An area below 2**24 is exact in fp32, so its square root's integer part needs one rounded instruction.
+    """
+    return min(16, (24 - count.bit_length()) & ~1)

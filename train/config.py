@@ -225,6 +225,21 @@ def build_parser() -> argparse.ArgumentParser:
         help='more arguments for timm.data.create_dataset, as {"input_key": "img"} or {"download": true}',
     )
     group.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="validate on this share of the training images of each class, which are then not trained on, and leave "
+        "the validation split alone",
+    )
+    group.add_argument(
+        "--label-fraction",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="train on this share of the images of each class only, chosen by --seed",
+    )
+    group.add_argument(
         "--num-workers",
         type=int,
         default=10,

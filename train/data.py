@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
@@ -135,11 +135,90 @@ class Data:
 
 
 def load_data(args: argparse.Namespace) -> Data:
-    """The data set that --data and --data-path name.
+    """The data set that --data and --data-path name, cut down as --holdout and --label-fraction say.
 
     Raises:
         ValueError: it is not there, its two splits do not have the same classes, or a package is missing.
     """
+    return restrict(load_whole(args), args.holdout, args.label_fraction, args.seed)
+
+
+class Selection(Dataset[tuple[Image.Image, int]]):
+    """Some images of a split.
+
+    Attributes:
+        rows: their places in the whole split, ascending.
+        targets: their labels.
+    """
+
+    def __init__(self, images: Any, labels: Sequence[int], rows: Sequence[int]) -> None:
+        self.images = images
+        self.rows = list(rows)
+        self.targets = [int(labels[row]) for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image: Image.Image = self.images[self.rows[index]][0]
+        return image, self.targets[index]
+
+
+def stratified(labels: Sequence[int], rows: Sequence[int], fraction: float, key: str) -> list[int]:
+    """A share of the rows of each class, at least one of each; a smaller share is part of a larger one.
+
+    Args:
+        labels: of the whole split.
+        rows: among which to choose, as places in `labels`.
+        fraction: in (0, 1].
+        key: which choice among the possible ones.
+    """
+    members: dict[int, list[int]] = {}
+    for row in rows:
+        members.setdefault(int(labels[row]), []).append(row)
+    chosen: list[int] = []
+    for label, own in members.items():
+        random.Random(f"{key}/{label}").shuffle(own)
+        chosen += own[: max(1, round(fraction * len(own)))]
+    return sorted(chosen)
+
+
+def restrict(data: Data, holdout: float, label_fraction: float, seed: int) -> Data:
+    """Validate on a part of the training set, and train on some of the rest.
+
+    Args:
+        data: the whole data set.
+        holdout: share of the training images of each class on which to validate instead of the validation split; the
+            same ones for every seed. 0: the validation split.
+        label_fraction: share of the images of each class that is trained on, of those that are not held out.
+        seed: which ones these are.
+
+    Raises:
+        ValueError: a share is out of range, or the labels are not known without the images.
+    """
+    if not 0 <= holdout < 1:
+        raise ValueError(f"--holdout must be at least 0 and below 1, got {holdout}")
+    if not 0 < label_fraction <= 1:
+        raise ValueError(f"--label-fraction must be above 0 and at most 1, got {label_fraction}")
+    if not holdout and label_fraction == 1:
+        return data
+    if data.stream or not data.labels:
+        raise ValueError(f"--data {data.name} does not list its labels: --holdout and --label-fraction need them")
+    rows: list[int] = list(range(len(data.train)))
+    val = data.val
+    if holdout:
+        held = stratified(data.labels, rows, holdout, "holdout")
+        rows = sorted(set(rows) - set(held))
+        val = Selection(data.train, data.labels, held)
+    if label_fraction < 1:
+        rows = stratified(data.labels, rows, label_fraction, f"labels {seed}")
+    train = Selection(data.train, data.labels, rows)
+    digest = hashlib.sha256(f"{data.digest} {rows}".encode()).hexdigest()
+    return replace(data, train=train, val=val, labels=train.targets, digest=digest)
+
+
+def load_whole(args: argparse.Namespace) -> Data:
+    """The data set with its own splits, as `load_data` finds it."""
     mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
     if args.data == "elpv":
         train, val = ElpvCells("train"), ElpvCells("val")
@@ -303,7 +382,8 @@ def seeded(*key: int) -> Iterator[None]:
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: it also prepares the seeds of devices that no transform draws from, in half a millisecond.
+    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:

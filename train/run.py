@@ -40,6 +40,8 @@ IDENTITY = (
     "lr",
     "seed",
     "data",
+    "holdout",
+    "label_fraction",
     "mixer",
     "repeated_aug",
     "max_steps",

@@ -158,12 +158,13 @@ def test_any_partner(partner, mode, poisoned):
 def test_partner_and_labels_out_of_range_are_harmless(poisoned):
     """What a GPU cannot be asked about: the sample itself is its partner, and the label counts for nothing."""
     from tokenmix_kernels import kernels
+    from tokenmix_kernels.inputs import Evidence
     from tokenmix_kernels.settings import Settings
 
     images, out = random_images((3, 3, 16, 24)), torch.full((3, 3, 16, 24), float("nan"))
     labels = torch.tensor([0, 99, -1])
-    targets, _, weights = kernels.mix(
-        images, labels, out, torch.tensor([77, -5, 1]), maps_of("all", 3), None, None, None, torch.tensor(2), 0,
+    targets, _, weights, _ = kernels.mix(
+        images, out, labels, torch.tensor([77, -5, 1]), Evidence(maps_of("all", 3)), None, torch.tensor(2), 0,
         Settings(num_classes=CLASSES, patch_size=8, mode="elem"),
     )  # fmt: skip
     assert bits_equal(out[:2], images[:2])
@@ -197,7 +198,7 @@ def test_packed_label_maps(poisoned):
     packed[:, 1] = torch.randint(0, CLASSES, (4, 5, 8, 8)).float()
     packed[:, 2, 0, 0, :4] = torch.tensor([0.1, 0.2, 0.5, 0.6])
     packed[:, 2, 0, 0, 5] = labels_of(4).float()
-    for crop_axes in ("right", "published"):
+    for crop_axes in ("correct", "published"):
         assert_same(*both(random_images((4, 3, 32, 48)), packed, crop_axes=crop_axes, mode="elem"))
 
 
@@ -214,17 +215,19 @@ def test_maps_without_evidence(poisoned):
 def test_seed_in_memory():
     """A seed that lies on the device is read by the kernel: here through a pointer."""
     from tokenmix_kernels import kernels
+    from tokenmix_kernels.inputs import Evidence
+    from tokenmix_kernels.kernels.groups import Results
     from tokenmix_kernels.settings import Settings
 
     settings = Settings(num_classes=1, patch_size=1, mode="elem")
     for number in (0, 1, -1, 2**62 + 12345, -(2**63), 2**32 - 1):
         mask = torch.zeros(2, 6, 6, dtype=torch.bool)
         shape, device = (2, 1, 6, 6), torch.device("cpu")
-        grid, named = kernels.arguments(
-            None, None, None, None, None, None, None, None, torch.tensor(number), 0, None, None, mask, shape, settings,
-            device,
-        )  # fmt: skip
-        kernels.mix_kernel[grid](**named | {"seed": torch.tensor(number), "seed_high": None})
+        results = Results(None, None, mask, None)
+        ready = kernels.prepare(
+            None, None, None, None, Evidence(), None, torch.tensor(number), 0, settings, results, shape, device
+        )
+        ready._replace(arguments=ready.arguments | {"seed": torch.tensor(number), "seed_high": None}).run()
         assert torch.equal(mask, token_mask(2, (6, 6), seed=number, backend="reference"))
 
 
@@ -279,7 +282,8 @@ def test_a_step_on_a_gpu_repeats_no_checks_but_misses_no_change(monkeypatch, poi
 
     monkeypatch.setattr(mix, "launches_at_once", lambda images: True)
     asked = []
-    monkeypatch.setattr(mix, "check_inputs", lambda *inputs, real=mix.check_inputs: asked.append(1) or real(*inputs))
+    real = mix.inputs.check_form
+    monkeypatch.setattr(mix.inputs, "check_form", lambda *given: asked.append(1) or real(*given))
     images, labels, maps = random_images(SHAPE), labels_of(5), maps_of("own", 5)
     options: dict[str, Any] = {"num_classes": CLASSES, "patch_size": 8, "mode": "elem", "seed": 3}
     expected = tokenmix(images, labels, maps=maps, backend="reference", **options)

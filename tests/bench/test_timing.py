@@ -1,21 +1,21 @@
-"""Tests of the benchmark itself: wrong results are reported, not timed; tables follow from files; clocks are used."""
+"""Timing: wrong results are reported and not timed, clocks are used as they say, files hold what was timed."""
 
 import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import count, cpu, gpu, growth, growth_counts, host, loader
-from bench import table as tables
+from bench import cpu, gpu, growth, host, loader, report
 from bench.__main__ import main as bench
-from bench.registry import CASES, IMPLEMENTATIONS, Case, Implementation, Inputs, Ready, make_inputs, ready
-from tokenmix_kernels import TopKMaps, kernels, tokenmix
+from bench.baselines import IMPLEMENTATIONS, Implementation, Ready, ready
+from bench.cases import CASES, Case, Inputs, make_inputs
+from bench.launch import Cut, Launch, cut_of
+from bench.sweep import cases_swept, sweep
 from tokenmix_kernels.transforms import tracked_transform
 
 TINY = CASES["tiny"]
@@ -115,17 +115,8 @@ def test_rows_of_a_gpu_tell_kernel_call_and_bandwidth_apart() -> None:
     assert asked == ["cold", "host", "kernel"] * 2 + ["cold", "host"]  # the host draws the published masks: no graph
     assert [row["kernel_us_p50"] for row in rows[:2]] == [20.0, 20.0]
     assert rows[0]["share_of_copy"] == 1.0
-    assert rows[1]["share_of_copy"] == pytest.approx((8 * 8 // 2 + 14) / 64)  # the same time for the tokens that move
+    assert rows[1]["share_of_copy"] == pytest.approx((8 * 8 // 2 + 5) / 64)  # the same time for the tokens that move
     assert rows[0]["gbytes_per_s"] == pytest.approx(2 * 4 * 3 * 64 * 64 * 4 / 20e-6 / 1e9)
-
-
-def fill(grid: tuple[int], named: dict[str, Any], wrong_rows: int | None = None) -> None:
-    """Stands for a launch: the same result, whatever the cut; another for one number of rows."""
-    assert grid == (len(named["images"]) * named["PROGRAMS"],)
-    named["out"].fill_(2 if named["ROWS"] == wrong_rows else 1)
-    named["targets"].fill_(0.5)
-    named["weights"].fill_(0.5)
-    named["mask_out"].fill_(True)
 
 
 def test_a_call_that_a_graph_cannot_hold_keeps_its_other_figures() -> None:
@@ -139,37 +130,43 @@ def test_a_call_that_a_graph_cannot_hold_keeps_its_other_figures() -> None:
     assert "kernel_us_p50" not in row
 
 
+def fill(launch: Launch, wrong_rows: int | None = None) -> None:
+    """Write the same result whatever the cut, and another one for one number of rows."""
+    launch.out.images.fill_(2 if cut_of(launch).rows == wrong_rows else 1)
+    launch.out.targets.fill_(0.5)
+    launch.out.weights.fill_(0.5)
+    launch.out.mask.fill_(True)
+
+
 def test_the_sweep_finds_the_fastest_cut_and_leaves_out_wrong_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    tried: list[dict[str, Any]] = []
+    tried: list[Cut] = []
 
-    def launch(grid: tuple[int], named: dict[str, Any]) -> None:
-        fill(grid, named, wrong_rows=2)
-        if named["num_warps"] == 2:
+    def launched(launch: Launch) -> None:
+        fill(launch, wrong_rows=2)
+        if cut_of(launch).warps == 2:
             raise MemoryError("shared memory\nand more")
-        tried.append(named)
+        tried.append(cut_of(launch))
 
-    def kernel(call: Callable[[], Any]) -> list[float]:
+    def timed(call: Callable[[], Any]) -> list[float]:
         call()
-        time = 5.0 if (tried[-1]["ROWS"], tried[-1]["num_warps"]) == (1, 8) else 9.0
-        return [time] * 3
+        return [5.0 if tried[-1] == Cut(1, 8) else 9.0] * 3
 
-    setting = gpu.Setting(torch.uint8, torch.float16, True, 16, 2)
-    rows = gpu.sweep(torch.device("cpu"), gpu.Clock(kernel, kernel, kernel), 60, [setting], launch, side=64)
+    case = Case("small", 2, height=64, width=64, dtype=torch.uint8, out_dtype=torch.float16, channels_last=True)
+    rows = sweep(torch.device("cpu"), timed, 60, [case], launched)
     best = [row for row in rows if row.get("best")]
-    assert [(row["ROWS"], row["num_warps"]) for row in best] == [(1, 8)]
+    assert [(row["rows"], row["warps"]) for row in best] == [(1, 8)]
     assert sum(row["now"] for row in rows) == 1
-    assert all(("wrong" in row) == (row["ROWS"] == 2 or row["num_warps"] == 2) for row in rows if not row["now"])
-    assert {row["wrong"] for row in rows if row["num_warps"] == 2} == {"MemoryError: shared memory"}
-    cuts = [(row["PROGRAMS"], row["num_warps"]) for row in rows]
+    assert all(("wrong" in row) == (row["rows"] == 2 or row["warps"] == 2) for row in rows if not row["now"])
+    assert {row["wrong"] for row in rows if row["warps"] == 2} == {"MemoryError: shared memory"}
+    cuts = [(row["rows"], row["warps"]) for row in rows]
     assert len(set(cuts)) == len(cuts)
-    assert all(row["PROGRAMS"] == 2 + -(-4 // row["ROWS"]) for row in rows)
-    assert "ROWS 1, 8 warps, 5.0 us" in capsys.readouterr().out
+    assert {row["rows"] for row in rows} == {1, 2, 4}  # 4 rows of tokens: 3 rows would come to 2
+    assert "1 rows, 8 warps, 5.0 us" in capsys.readouterr().out
 
 
 def test_the_sweep_stops_in_time() -> None:
-    clock, asked = counted_clock([])
-    assert gpu.sweep(torch.device("cpu"), clock, -1.0, gpu.settings_swept(), fill) == []
-    assert not asked
+    timed = counted_clock([])[0].kernel
+    assert sweep(torch.device("cpu"), timed, -1.0, cases_swept(), fill) == []
 
 
 def test_the_copy_is_one_and_ratios_are_of_the_same_round() -> None:
@@ -195,35 +192,12 @@ def test_a_file_is_written_and_its_table_made_again(tmp_path: Path, capsys: pyte
     capsys.readouterr()
     printed = []
     for _ in range(2):
-        bench(["table", str(out)])
+        bench(["report", str(out)])
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
     for row in record["rows"]:
         line = next(line for line in printed[0].splitlines() if line.startswith(f"| {row['implementation']} |"))
         assert f"{row['ratio_p50']:.2f}" in line
-
-
-def test_a_table_says_what_misses_its_bar() -> None:
-    row = {
-        "case": "fp16", "sm": 90, "classes": 1000, "samples": 40, "registers": 70, "spills": 0, "shared_bytes": 0,
-        "rows": 7, "programs": 4, "num_warps": 4, "load_bytes_per_thread": [8, 16], "store_bytes_per_thread": [16],
-        "traffic": "copy", "traffic_ratio": 0.9, "longest_warp_mean": 1400.0, "longest_warp_p95": 1500.0,
-        "longest_warp_max": 1600, "warp_instructions_per_image": 26000.0, "of_pixels": 13000.0, "of_targets": 13000.0,
-        "images_and_masks_equal": True, "target_error": 0.0, "races": 0, "bars": count.bars(count.CASES[0]),
-    }  # fmt: skip
-    record = {
-        "kind": "counts", "command": "python -m bench count", "machine": {"versions": {}, "gpu": "none"},
-        "rows": [row, row | {"images_and_masks_equal": False}], "by_classes": [row],
-    }  # fmt: skip
-    first, second = (line for line in tables.table(record).splitlines() if line.startswith("| fp16 |"))
-    assert "70 > 64 **fail**" in first
-    assert "8 < 16 **fail**" in first
-    assert "26,000 > 25,000 **fail**" in first
-    assert "1,400 ≤ 1,500" in first
-    assert "**no**" not in first
-    assert "**no**" in second
-    with pytest.raises(SystemExit, match="kind must be one of"):
-        tables.table({"kind": "other"})
 
 
 def test_loaders_are_compared_on_the_same_images() -> None:
@@ -241,50 +215,9 @@ def test_a_round_of_loaders_is_a_line_of_the_table() -> None:
         "kind": "loader", "command": "python -m bench loader", "machine": {"versions": {}, "gpu": "none"},
         "source": loader.SOURCE, "rounds": 3, "rows": [row | {"ratio_p50": 1.03}, row | {"ratio_p50": 1.01}],
     }  # fmt: skip
-    first, second = (line for line in tables.table(record).splitlines() if line.startswith("| 0 |"))
+    first, second = (line for line in report.table(record).splitlines() if line.startswith("| 0 |"))
     assert "> 1.02 **fail**" in first
     assert "≤ 1.02" in second
-
-
-@pytest.mark.parametrize("name", ["mixers", "study"])
-def test_the_trainer_s_results_are_tables_too(name: str) -> None:
-    record = json.loads((Path(__file__).parents[1] / "train" / "results" / f"{name}.json").read_text())
-    lines = tables.table(record).splitlines()
-    for one in record["mixers"] if name == "mixers" else record["runs"]:
-        line = next(line for line in lines if line.startswith(f"| {one} |"))
-        if name == "study":
-            tops = [run["top1"] for run in record["runs"][one]]
-            assert f"| {sum(tops) / len(tops):.1f} ±" in line
-    assert record["command"] in lines[-1]
-
-
-def test_counting_needs_a_simulator(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="ptxsim"):
-        bench(["count", "--ptxsim", str(tmp_path)])
-
-
-# `tokenmix` always mixes tokens: Mixup is for `TokenMix` alone.
-@pytest.mark.parametrize("case", [c for c in count.CASES if "Mixup" not in c.name], ids=lambda case: case.name)
-def test_what_is_counted_would_be_equal_to_the_reference(case: count.Case) -> None:
-    """The comparison that counting relies on tells a right result from a wrong one."""
-    launch = count.prepare(case, 0, 1000, batch=2)
-    labels, _, values, indices, boxes, _, seed, _ = launch.inputs
-    given: dict[str, Any] = launch.settings._asdict()
-    constants = {name: given[name] for name in ("minimum_tokens", "mask_type", "mode", "label_smoothing")}
-    mixed = tokenmix(
-        launch.before, labels, num_classes=1000, maps=TopKMaps(values, indices), boxes=boxes, seed=seed,
-        lam="beta" if given["lam"] < 0 else given["lam"], mean=given["mean"] or None, std=given["std"] or None,
-        out_dtype=launch.out.dtype, **constants,
-    )  # fmt: skip
-    launch.out.copy_(mixed.images)
-    launch.targets.copy_(mixed.targets)
-    launch.weights.copy_(mixed.weights)
-    launch.mask.copy_(mixed.mask)
-    same, error = count.difference(launch, case.in_place)
-    assert same
-    assert error <= 1e-6
-    launch.out[1, 1, 7, 7] += 1
-    assert not count.difference(launch, case.in_place)[0]
 
 
 def test_the_host_is_timed_from_the_bare_launch_on() -> None:
@@ -303,41 +236,3 @@ def test_a_line_is_found_through_what_grows() -> None:
     assert (constant, slope) == pytest.approx((3.0, 2.0))
     flat, constant, slope = growth.predicted([0.0, 0.0], [4.0, 4.0])
     assert (flat, constant, slope) == (pytest.approx([4.0, 4.0]), pytest.approx(4.0), 0.0)
-
-
-class Simulator:
-    """Stands for the PTX simulator: every program takes 10 instructions and moves a copy's sectors."""
-
-    def __init__(self) -> None:
-        self.ran: list[list[int]] = []
-
-    def compile_kernel(self, kernel: Any, named: dict[str, Any], **options: Any) -> Any:
-        assert set(options) == {"arch", *kernels.OPTIONS}
-        return None
-
-    def run(self, compiled: Any, grid: tuple[int], named: dict[str, Any], ctas: list[int], **options: Any) -> Any:
-        assert max(ctas) < grid[0]
-        self.ran.append(ctas)
-        images = len(ctas) // named["PROGRAMS"]
-        sectors = images * named["images"][0].numel() * 2 // 32
-        return SimpleNamespace(
-            total_warp_insts=10 * len(ctas), max_warp_insts=4,
-            buffers={
-                "images": {"read_sectors": sectors, "written_sectors": 0},
-                "out": {"read_sectors": 0, "written_sectors": sectors},
-                "targets": {"read_sectors": 0, "written_sectors": images},
-            },
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize(("batch", "images"), [(1, 1), (2, 2), (3, 3), (5, 3), (64, 4)])
-def test_counts_of_a_sample_are_those_of_an_image(batch: int, images: int) -> None:
-    simulator = Simulator()
-    found = growth_counts.count_case(simulator, TINY._replace(batch=batch), 90, pairs=2)
-    ran = [cta for ctas in simulator.ran for cta in ctas]
-    assert len(set(ran)) == len(ran)
-    assert len(ran) % images == 0
-    assert found["instructions"] == 10 * len(ran) / images
-    assert found["sectors"] == 1.0
-    assert found["bytes_written"] == 32.0
-    assert found["longest"] == 4.0

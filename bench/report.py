@@ -1,6 +1,4 @@
-"""Print a result file as the README's Markdown table."""
-
-from __future__ import annotations
+"""Write the tables of docs/performance.md and README.md from result files, check them, or print single ones."""
 
 import argparse
 import json
@@ -9,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_arguments", "main", "markdown", "table"]
+__all__ = ["PAGE", "README", "SOURCES", "add_arguments", "main", "markdown", "rebuilt", "table"]
 
 
 def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -225,8 +223,39 @@ def study_table(record: dict[str, Any]) -> str:
     return f"Percent; mean and standard deviation of {seeds} seeds, {epochs} epochs each.\n\n" + markdown(columns, rows)
 
 
+def simulated_table(record: dict[str, Any]) -> str:
+    cards = list(dict.fromkeys(row["card"] for row in record["rows"]))
+    rows = []
+    for name in dict.fromkeys(row["case"] for row in record["rows"]):
+        mine = {row["card"]: row for row in record["rows"] if row["case"] == name}
+        first = next(iter(mine.values()))
+        right = all(row["images_and_masks_equal"] and row["target_error"] <= 1e-6 for row in mine.values())
+        batch = "" if " B " in name else f", B {first['batch']}"
+        line = [f"{name}{batch}, against a {'copy' if first['against'] == 'copy' else 'conversion kernel'}"]
+        for card in cards:
+            if card not in mine:
+                line += ["", ""]
+                continue
+            row = mine[card]
+            ratio = round(row["ratio"], 3)
+            line.append(against(ratio, row["bar"], f"{ratio:.3f}"))
+            several = len(row["by_assumption"]) > 1
+            line.append(f"{row['lowest']:.3f} to {row['highest']:.3f}" if several else "")
+        rows.append([*line, "yes" if right else "**no**"])
+    columns = ["cycles / best Triton kernel of the same batch, cold"]
+    for card in cards:
+        columns += [card, "range"]
+    head = (
+        "Simulated, not timed: ratios of cycles in a model. The range is over other assumptions: instruction cache "
+        "warm or with 3 lines of prefetch, stores half or wholly absorbed by L2, 0.4 or 0.6 of L2 usable in place of "
+        "0.8, all latencies 25 % lower or higher."
+    )
+    return f"{head}\n\n{markdown([*columns, 'equal to the reference'], rows)}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu": cpu_table,
+    "simulated": simulated_table,
     "counts": count_table,
     "host": host_table,
     "loader": loader_table,
@@ -237,13 +266,31 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "mixers": mixers_table,
     "study": study_table,
 }
+PAGE, README = Path("docs/performance.md"), Path("README.md")
+# Where the page's tables come from, by the marks they stand between.
+SOURCES = {
+    "cpu": Path("bench/results/cpu.json"),
+    "simulated": Path("bench/results/simulated.json"),
+    "counts": Path("bench/results/counts.json"),
+    "host": Path("bench/results/host.json"),
+    "mixers": Path("train/results/mixers.json"),
+    "loader": Path("bench/results/loader.json"),
+    "growth": Path("bench/results/growth.json"),
+    "growth_counts": Path("bench/results/growth_counts.json"),
+    "fidelity": Path("bench/results/fidelity.json"),
+    "study": Path("train/results/study.json"),
+}
 
 
 def table(record: dict[str, Any]) -> str:
-    """A record as Markdown, with its source below."""
+    """A record as Markdown, with its source below.
+
+    Raises:
+        SystemExit: there is no table for its kind.
+    """
     kind = record.get("kind")
     if kind not in TABLES:
-        raise SystemExit(f"a result file's kind must be one of {', '.join(TABLES)}, got {kind!r}")
+        raise SystemExit(f"the kind of a result file must be one of {', '.join(TABLES)}, got {kind!r}")
     return f"{TABLES[kind](record)}\n\n{source(record)}"
 
 
@@ -259,16 +306,51 @@ def insert(page: str, kind: str, text: str) -> str:
     return page[: page.index(first) + len(first)] + "\n\n" + text + "\n\n" + page[page.index(last) :]
 
 
+def summary(cpu: dict[str, Any], simulated: dict[str, Any]) -> str:
+    """The README's table: what a call takes as a multiple of a copy, on a CPU and in the model of each card."""
+    timed = {row["implementation"]: row.get("ratio_p50") for row in cpu["rows"]}
+    models = {(row["case"], row["card"]): row["ratio"] for row in simulated["rows"]}
+    cards = list(dict.fromkeys(row["card"] for row in simulated["rows"]))
+    rows = []
+    for text, implementation, case in (
+        ("`mix(images, labels, maps)`", "ours, eager", "fp16 B 128"),
+        ("in place, `out=images`", "ours, in place", "in place, one mask"),
+        ("uint8, normalised", "ours, uint8 normalised", "uint8 to fp16"),
+        ("timm Mixup (CutMix)", "timm Mixup", ""),
+        ("torchvision CutMix", "torchvision CutMix", ""),
+        ("published code's steps", "published approach", ""),
+    ):
+        ratios = [timed.get(implementation), *(models.get((case, card)) for card in cards)]
+        rows.append([text, *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
+    return markdown(["", f"CPU, {cpu['machine']['threads']} threads, float32", *(f"{c}, float16" for c in cards)], rows)
+
+
+def rebuilt(folder: Path) -> dict[Path, str]:
+    """Make the texts of both pages again from the result files; `folder` is the root of the project."""
+    records = {kind: json.loads((folder / path).read_text()) for kind, path in SOURCES.items()}
+    page = (folder / PAGE).read_text()
+    for kind, record in records.items():
+        page = insert(page, kind, table(record))
+    readme = insert((folder / README).read_text(), "summary", summary(records["cpu"], records["simulated"]))
+    return {PAGE: page, README: readme}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, nargs="+", help="result files of this benchmark")
-    parser.add_argument("--into", type=Path, metavar="PAGE", help="write each between its marks in this page")
+    parser.add_argument("files", type=Path, nargs="*", help="print the tables of these result files, write nothing")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a page does not match them")
 
 
 def main(asked: argparse.Namespace) -> None:
-    for path in asked.file:
-        record = json.loads(path.read_text())
-        if asked.into is None:
-            print(table(record), end="\n\n")
-        else:
-            asked.into.write_text(insert(asked.into.read_text(), record["kind"], table(record)))
-            print(f"{path}: written to {asked.into}")
+    if asked.files:
+        for path in asked.files:
+            print(table(json.loads(path.read_text())), end="\n\n")
+        return
+    root = Path(__file__).parents[1]
+    pages = rebuilt(root)
+    stale = [str(path) for path, text in pages.items() if (root / path).read_text() != text]
+    if asked.check and stale:
+        raise SystemExit(f"{' and '.join(stale)}: does not match the result files, run `python -m bench report`")
+    for path, text in pages.items():
+        if not asked.check:
+            (root / path).write_text(text)
+        print(f"{path} {'matches its result files' if asked.check else 'written'}")

@@ -1,12 +1,11 @@
-"""The curves of `growth`, counted in the compiled kernel: warp instructions of an image and of a warp, sectors.
+"""Count the curves of `growth` in the compiled kernel: warp instructions of an image and of a warp, sectors.
 
-What an image costs is predicted to be flat against the batch and linear against the rest, as `growth` says in what. A
-program takes whole rows of tokens, at most so many that its warps stay short, so the counts go up in steps.
+Instructions of an image are predicted to be flat against the batch and linear in the unit that `growth` names for the
+other curves. A program takes whole rows of tokens, so the counts go up in steps.
 """
 
-from __future__ import annotations
-
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenmix_kernels import kernels
-from tokenmix_kernels.settings import Settings
-
-from .count import load_simulator
-from .growth import CURVES, predicted
-from .machine import describe, write_json
-from .registry import Case
+from ..cases import Case
+from ..growth import CURVES, predicted
+from ..launch import launch_of, programs_of
+from ..machine import describe, write_json
+from .simulator import load_counter
 
 __all__ = ["add_arguments", "count_case", "counted_curves", "main"]
 
@@ -36,34 +33,16 @@ def count_case(ptxsim: Any, case: Case, arch: int, pairs: int = PAIRS) -> dict[s
         instructions: warp instructions of an image, means; longest: the longest warp of a pair, mean; sectors: of
         the pixels, as a multiple of a copy's; bytes_written: of the targets, of an image.
     """
-    batch, grid = case.batch, (case.height // case.patch_size, case.width // case.patch_size)
-    source = torch.Generator().manual_seed(0)
-    # What pixels hold makes no difference to a count.
-    images = torch.zeros(batch, case.channels, case.height, case.width, dtype=torch.float16)
-    out = torch.zeros_like(images)
-    labels = torch.randint(0, case.num_classes, (batch,), generator=source)
-    values = torch.rand(batch, 5, case.map_size, case.map_size, generator=source).half()
-    indices = torch.randint(0, case.num_classes, values.shape, generator=source)
-    indices[:, 0] = labels[:, None, None]
-    low = torch.rand(batch, 2, generator=source) * 0.5
-    boxes = torch.cat([low, low + 0.3 + torch.rand(batch, 2, generator=source) * 0.2], 1)
-    targets, weights = torch.zeros(batch, case.num_classes), torch.zeros(batch, 2)
-    mask = torch.zeros(batch, *grid, dtype=torch.bool)
-    settings = Settings(num_classes=case.num_classes, patch_size=case.patch_size, mode="elem")
-    launch, named = kernels.arguments(
-        images, out, labels, None, values, indices, boxes, None, torch.tensor(7), 0, targets, weights, mask,
-        tuple(images.shape), settings, images.device,
-    )  # fmt: skip
-    options = {name: named.pop(name) for name in kernels.OPTIONS if name in named}
-    compiled = ptxsim.compile_kernel(kernels.mix_kernel, named, arch=arch, **options)
-    programs = named["PROGRAMS"]
+    launch = launch_of(dataclasses.replace(case, dtype=torch.float16))
+    compiled = ptxsim.compile_kernel(launch.kernel, launch.args, arch=arch, **launch.options)
+    batch, (_, image_of) = case.batch, programs_of(launch)
     firsts = sorted({int(n) for n in np.linspace(0, (batch - 1) // 2, min(pairs, (batch + 1) // 2))})
     instructions = moved = written = sampled = 0
     longest: list[int] = []
     for first in firsts:
         pair = sorted({first, batch - 1 - first})
-        ours = [c for n in pair for c in range(n * programs, (n + 1) * programs)]
-        stats = ptxsim.run(compiled, launch, named, ctas=ours, races="off")
+        mine = [c for c in range(launch.grid[0]) if image_of(c)[0] in pair]
+        stats = ptxsim.run(compiled, launch.grid, launch.args, ctas=mine, races="off")
         instructions += stats.total_warp_insts
         longest.append(stats.max_warp_insts)
         sampled += len(pair)
@@ -71,9 +50,9 @@ def count_case(ptxsim: Any, case: Case, arch: int, pairs: int = PAIRS) -> dict[s
             parts = set(name.split("/"))
             if parts & {"images", "out"}:
                 moved += SECTOR * (sectors["read_sectors"] + sectors["written_sectors"])
-            elif "targets" in parts:
+            elif "results" in parts:
                 written += SECTOR * sectors["written_sectors"]
-    image_bytes = images[0].numel() * images.element_size()
+    image_bytes = launch.before[0].numel() * launch.before.element_size()
     return {
         "instructions": instructions / sampled,
         "longest": float(np.mean(longest)),
@@ -139,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(asked: argparse.Namespace) -> None:
-    ptxsim = load_simulator(asked.ptxsim)
+    ptxsim = load_counter(asked.ptxsim)
     started = time.perf_counter()
     curves = [curve for arch in asked.arch for curve in counted_curves(ptxsim, arch, asked.pairs)]
     record = {

@@ -1,0 +1,1 @@
+"""What the compiled kernel does, without a GPU: counted and simulated."""

@@ -1,0 +1,181 @@
+"""Simulate the time of the compiled kernel on a model of an A100 and an H100, against the fastest copy of the batch.
+
+The machine code that Triton and ptxas make is executed on the CPU, its results are compared with the reference, and
+its trace is replayed on a model of the card, by a simulator that is no part of this project. `--ptxsim DIR` names a
+folder with the modules `ptxsim`, `ptxsim_sass` and `ptxsim_timing`. Figures are of a model: nothing is timed.
+"""
+
+import argparse
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from ..cases import SIMULATED, Case
+from ..launch import difference, launch_of
+from ..machine import describe, write_json
+from .copies import Baselines, baseline_of
+from .simulator import Simulator, load_simulator
+
+__all__ = ["BARS", "CARDS", "NOMINAL", "add_arguments", "main", "simulate_case"]
+
+CARDS = {"A100": 80, "H100": 90}
+NOMINAL = "nominal"
+WARM = "images in L2"
+LATENCIES = ("l1", "lds", "l2", "dram_lat", "shfl", "redux", "xu", "s2r", "ldc", "bar", "branch")
+TARGET_TOLERANCE = 1e-6
+
+
+class Bar(NamedTuple):
+    """What a case's ratio must not exceed, and what it aims at."""
+
+    bar: float
+    aim: float
+
+
+BARS = {
+    "fp16 B 32": Bar(1.25, 1.10),
+    "fp16 B 64": Bar(1.10, 1.03),
+    "fp16 B 128": Bar(0.98, 0.965),
+    "fp16 B 256": Bar(0.98, 0.965),
+    "fp32": Bar(0.98, 0.955),
+    "uint8 to fp16": Bar(1.03, 0.97),
+    "channels_last fp16": Bar(1.00, 0.97),
+    "in place, one mask": Bar(0.62, 0.58),
+    "Mixup and blocks": Bar(1.06, 1.00),
+    "CutMix": Bar(1.06, 1.00),
+    WARM: Bar(1.15, 1.00),
+}
+
+
+def assumptions(timing: Any, card: str) -> dict[str, dict[str, float]]:
+    """The assumptions that figures are given for: changed parameters of the model by name of the assumption."""
+    nominal = {**timing.COMMON, **timing.GPUS[card]}
+    return {
+        NOMINAL: {},
+        "instruction cache warm": {"icache": 0, "cmiss": 0},
+        "3 lines of instruction prefetch": {"iprefetch": 3},
+        "half of the stores absorbed by L2": {"write_cost": 0.5},
+        "stores absorbed by L2": {"write_cost": 0.0},
+        "L2 share 0.4": {"l2_use": 0.4},
+        "L2 share 0.6": {"l2_use": 0.6},
+        "latencies -25 %": {name: 0.75 * nominal[name] for name in LATENCIES},
+        "latencies +25 %": {name: 1.25 * nominal[name] for name in LATENCIES},
+    }
+
+
+def rows_of(case: Case) -> dict[str, dict[str, float]]:
+    """The rows of a case by name, and what of the model each changes: the main case also counts with images in L2."""
+    return {case.name: {}, **({WARM: {"warm_reads": 1}} if case.name == "fp16 B 128" else {})}
+
+
+def simulate_case(
+    simulator: Simulator, baselines: Baselines, case: Case, card: str, names: Iterable[str], sensitivities: bool
+) -> list[dict[str, Any]]:
+    """Run a case's launch, compare it with the reference, and replay it on a card.
+
+    Args:
+        simulator: the simulator.
+        baselines: cycles of copies and conversions.
+        case: the batch.
+        card: 'A100' or 'H100'.
+        names: of the rows wanted, as `rows_of` names them.
+        sensitivities: whether to replay under all assumptions, not the nominal one alone.
+
+    Returns:
+        One row for each name. `by_assumption` holds the ratio of cycles to the baseline's under each assumption.
+    """
+    launch = launch_of(case)
+    compiled = simulator.ptxsim.compile_kernel(launch.kernel, launch.args, arch=CARDS[card], **launch.options)
+    trace = simulator.sass.record(compiled, launch.grid, launch.args)
+    equal, error = difference(launch)
+    rows = []
+    for name in names:
+        always = rows_of(case)[name]
+        wanted = assumptions(simulator.timing, card)
+        changes = {
+            kind: {**change, **always} for kind, change in wanted.items() if sensitivities or kind == NOMINAL
+        }  # fmt: skip
+        keys = {kind: f"{kind}, {WARM}" if always else kind for kind in changes}
+        against = baselines.cycles(
+            baseline_of(case), card, CARDS[card], {keys[kind]: change for kind, change in changes.items()}
+        )
+        results = {kind: simulator.timing.simulate(trace, card, **change) for kind, change in changes.items()}
+        ratios = {kind: float(result.cycles) / against[keys[kind]] for kind, result in results.items()}
+        nominal = results[NOMINAL]
+        bar = BARS[name]
+        rows.append({
+            "case": name, "card": card, "sm": CARDS[card], "batch": case.batch,
+            "cycles": float(nominal.cycles), "microseconds": float(nominal.microseconds),
+            "against": baseline_of(case).kind, "baseline_cycles": against[keys[NOMINAL]],
+            "ratio": ratios[NOMINAL], "lowest": min(ratios.values()), "highest": max(ratios.values()),
+            "by_assumption": ratios, "bar": bar.bar, "aim": bar.aim,
+            "first_load": float(nominal.first_load), "first_store": float(nominal.first_store),
+            "dram_share": float(nominal.utilisation()), "issue_share": float(nominal.issue_share),
+            "programs": int(trace.n_ctas), "programs_per_sm": int(nominal.ctas_per_sm),
+            "registers": compiled.n_regs, "spills": compiled.n_spills, "num_warps": compiled.num_warps,
+            "warp_instructions_per_image": len(trace.pcs) / case.batch,
+            "images_and_masks_equal": equal, "target_error": error,
+        })  # fmt: skip
+    return rows
+
+
+def line(row: dict[str, Any], seconds: float) -> str:
+    """A row in one line."""
+    spread = f" ({row['lowest']:.3f} to {row['highest']:.3f})" if len(row["by_assumption"]) > 1 else ""
+    right = row["images_and_masks_equal"] and row["target_error"] <= TARGET_TOLERANCE
+    return (
+        f"{row['case']:<20} {row['card']}  {row['ratio']:.3f}{spread} {'<=' if row['ratio'] <= row['bar'] else '>'} "
+        f"{row['bar']:.2f}, aim {row['aim']:.3f}; {row['cycles']:,.0f} / {row['baseline_cycles']:,.0f} cycles; first "
+        f"load {row['first_load']:,.0f}, store {row['first_store']:,.0f}; DRAM {row['dram_share']:.0%}, issue "
+        f"{row['issue_share']:.0%}; {row['programs']} programs, {row['programs_per_sm']} an SM, {row['num_warps']} "
+        f"warps, {row['registers']} registers, {row['spills']} spills, {row['warp_instructions_per_image']:,.0f} "
+        f"instructions an image; {'equal' if right else 'NOT EQUAL to the reference'}; {seconds:.1f} s"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [name for case in SIMULATED.values() for name in rows_of(case)]
+    parser.add_argument("--ptxsim", type=Path, required=True, help="folder of the simulator")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/simulated.json"))
+    parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=f"these alone: {', '.join(names)}")
+    parser.add_argument("--cards", nargs="+", choices=list(CARDS), default=list(CARDS))
+    parser.add_argument("--sensitivities", action="store_true", help="also under other assumptions about the card")
+    parser.add_argument("--quick", action="store_true", help="print a line for each case and card, write no file")
+    parser.add_argument(
+        "--baselines", type=Path, default=Path("runs/bench/baselines.json"), help="where cycles of copies are kept"
+    )
+
+
+def main(asked: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    simulator = load_simulator(asked.ptxsim)
+    baselines = Baselines(simulator, asked.baselines)
+    jobs = [
+        (case, card, names)
+        for case in SIMULATED.values()
+        for card in asked.cards
+        if (names := [name for name in rows_of(case) if not asked.cases or name in asked.cases])
+    ]
+    started = time.perf_counter()
+    record: dict[str, Any] = {
+        "kind": "simulated",
+        "command": "python -m bench simulate --ptxsim DIR" + (" --sensitivities" if asked.sensitivities else ""),
+        "machine": describe(),
+        "shape": [3, 224, 224],
+        "patch_size": 16,
+        "maps": "top-5 18x18 float16, int64 class numbers, boxes",
+        "rows": [],
+    }
+    for case, card, names in tqdm(jobs, unit="case", disable=None):
+        begun = time.perf_counter()
+        rows = simulate_case(simulator, baselines, case, card, names, asked.sensitivities)
+        for row in rows:
+            tqdm.write(line(row, time.perf_counter() - begun))
+        record["rows"] += rows
+        record["seconds"] = round(time.perf_counter() - started)
+        if not asked.quick:
+            write_json(asked.out, record)  # after each case: a run that is stopped keeps what it has

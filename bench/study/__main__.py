@@ -1,0 +1,58 @@
+"""Command line of the study."""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from .plan import DEFAULT, load_plan
+from .report import write_report
+from .runner import run_plan, status
+from .worker import run_one
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of `python -m bench.study`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.study",
+        description="Train the runs of a plan and compare them. A study that was stopped goes on where it was: "
+        "finished runs are kept as one JSON file each, begun ones go on from their last epoch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--plan", type=Path, default=DEFAULT, metavar="FILE", help="which runs there are")
+    parser.add_argument("--results", type=Path, default=Path("runs/study"), metavar="DIR", help="where results are kept")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--status", action="store_true", help="say what is done and how long the rest takes")
+    what.add_argument("--report", type=Path, metavar="DIR", help="write table, plots and study.json of what is done")
+    what.add_argument("--only", metavar="NAME", help="do this one run, in this process")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes that were started end too
+    try:
+        plan = load_plan(args.plan)
+        if args.status:
+            print(status(plan, args.results, args.jobs))
+        elif args.report:
+            write_report(plan, args.results, args.report)
+        elif args.only:
+            specs = {spec.name: spec for spec in plan.specs}
+            if args.only not in specs:
+                raise ValueError(f"--only must be a run of the plan, such as {next(iter(specs))}, got {args.only}")
+            return run_one(specs[args.only], args.results)
+        else:
+            return 1 if run_plan(plan, args.results, args.jobs) else 0
+    except (ValueError, OSError) as error:
+        print(f"study: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The fused kernel: one launch draws the masks, mixes the pixels, pools the maps and writes the targets."""
+
+import triton
+import triton.language as tl
+
+from .draw import draw, partner_of
+from .groups import Pixels
+from .pixels import mix_rows
+from .targets import write_targets
+
+__all__ = ["mix_kernel"]
+
+
+@triton.jit(do_not_specialize=["seed", "seed_high", "sample_offset", "batch"])
+def mix_kernel(
+    images,  # [B, C, H, W], or None: no pixels
+    out,  # of the same shape, `images` itself in place
+    strides,  # groups.Strides
+    normalisation,  # groups.Normalisation
+    pairs,  # groups.Pairs
+    evidence,  # groups.EvidencePointers
+    mask,  # bytes [B, GH, GW] where it is given
+    results,  # groups.Results
+    tables,  # groups.Tables
+    plan,  # settings.Plan
+    seed,  # low half of the seed, or a pointer to all of it
+    seed_high,  # high half, or None
+    sample_offset,  # of the batch's first sample
+    batch,  # B
+    smoothing,  # epsilon of the targets
+    MASK_RULE: tl.constexpr,  # a function of draw.py, or None for rectangles
+    GRID: tl.constexpr,  # groups.Grid
+    LAYOUT: tl.constexpr,  # groups.Layout
+    TILE: tl.constexpr,  # groups.Tile
+    RULE: tl.constexpr,  # groups.Rule
+    MAPS: tl.constexpr,  # groups.MapForm
+):
+    """PROGRAMS programs for each sample: one for each ROWS token rows, then two for the targets.
+
+    Every program draws its sample's mask anew, in registers: cheaper than passing it on. In place the program of the
+    pair's first sample moves both, and `partner` must be its own inverse (a sample for which it is not is left alone).
+    """
+    program = tl.program_id(0) % TILE.PROGRAMS
+    side = program - (TILE.PROGRAMS - 2)
+    i = (tl.program_id(0) // TILE.PROGRAMS).to(tl.int64)
+    j = partner_of(pairs.partner, i, batch)
+    if LAYOUT.IN_PLACE:
+        j = tl.where(partner_of(pairs.partner, j, batch) == i, j, i)
+    if (side >= 0) | (not LAYOUT.IN_PLACE) | (i < j):
+        drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, MASK_RULE, GRID, RULE)
+        if side >= 0:
+            write_targets(pairs, evidence, results, i, j, side, drawn, smoothing, GRID, RULE, MAPS)
+        elif images is not None:
+            pixels = Pixels(images, out, strides.images, strides.out, normalisation.mean, normalisation.rstd)
+            drawn_j = drawn
+            if LAYOUT.IN_PLACE and RULE.DRAW_EACH:
+                drawn_j = draw(seed, seed_high, sample_offset, j, i, mask, plan, tables, MASK_RULE, GRID, RULE)
+            mix_rows(pixels, i, j, program, drawn, drawn_j, GRID, LAYOUT, TILE, RULE)

@@ -1,0 +1,188 @@
+"""What the kernel's functions take together: named tuples of runtime values, and of constants of one compilation.
+
+Functions take a group whole and read its fields by name. Groups of constants have fields in capitals.
+"""
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+from ..settings import BATCH, COPY, MIXUP, PAIR
+from ..tables import BETA_BITS, RATIO_BITS
+
+__all__ = [
+    "CONST", "Draw", "EvidencePointers", "Grid", "Layout", "MapForm", "Normalisation", "Pairs", "Pixels", "Results",
+    "Rule", "Strides", "Tables", "Tile",
+]  # fmt: skip
+
+
+class Constants(NamedTuple):
+    """Global constants. One group, since Triton compares every global that a kernel reads at every launch."""
+
+    # Streams of the random counters.
+    HEADER: int = 0
+    RECTANGLE: int = 1
+    TRIES: int = 2
+    KEYS: int = 3
+    COPY: int = COPY
+    MIXUP: int = MIXUP
+    BATCH: int = BATCH
+    PAIR: int = PAIR
+    RATIO_MASK: int = (1 << RATIO_BITS) - 1
+    BETA_BITS: int = BETA_BITS
+    SHIFTED: int = 1 << 16
+    MOST_SAMPLES: float = 64.0  # of a map along one axis of a token
+    NONE: int = 0x7FFF0000
+    UNFIT: int = 0x7FFFFFFF
+    AWAY: int = -64
+    UNIT: float = 2.0**-16
+
+
+CONST = tl.constexpr(Constants())
+
+
+class Pixels(NamedTuple):
+    """images and out, their batch strides, mean and 1 / std [C] fp32 (or None)."""
+
+    images: Any
+    out: Any
+    images_stride: Any
+    out_stride: Any
+    mean: Any
+    rstd: Any
+
+
+class Strides(NamedTuple):
+    """Batch strides of images and out."""
+
+    images: Any
+    out: Any
+
+
+class Normalisation(NamedTuple):
+    """Mean and 1 / std [C] fp32 (or None)."""
+
+    mean: Any
+    rstd: Any
+
+
+class Pairs(NamedTuple):
+    """labels [B] with their stride, partner [B] (or None: the batch reversed)."""
+
+    labels: Any
+    labels_stride: Any
+    partner: Any
+
+
+class EvidencePointers(NamedTuple):
+    """The tensors of `inputs.Evidence`, their batch strides, rows of the maps, and the k of top-k maps."""
+
+    maps: Any
+    indices: Any
+    ids: Any
+    boxes: Any
+    flips: Any
+    affines: Any
+    maps_stride: Any
+    indices_stride: Any
+    boxes_stride: Any
+    rows: Any
+    # A runtime value: the loop over it must not be unrolled into registers.
+    top_k: Any
+
+
+class Tables(NamedTuple):
+    """Device tables of `tables.py`: aspect ratios, quantiles of lam for Mixup and for the second branch (or None)."""
+
+    ratio: Any
+    mixup: Any
+    cutmix: Any
+
+
+class Results(NamedTuple):
+    """targets [B, K] and weights [B, 2] fp32, mask [B, GH, GW] and kind [B] bytes; each may be None."""
+
+    targets: Any
+    weights: Any
+    mask: Any
+    kind: Any
+
+
+class Draw(NamedTuple):
+    """What was drawn for a sample.
+
+    kind, lam in 2**-16; the mask as words [4, WORDS], each of WORD_ROWS grid rows, the same in all four rows; the
+    number of masked tokens; a rectangle in pixels.
+    """
+
+    kind: Any
+    lam: Any
+    mask: Any
+    tokens: Any
+    top: Any
+    bottom: Any
+    left: Any
+    right: Any
+
+
+class Grid(NamedTuple):
+    """Image size H x W, patch size P, token grid GH x GW, WORD_ROWS grid rows in each of WORDS words of a mask."""
+
+    H: int
+    W: int
+    P: int
+    GH: int
+    GW: int
+    WORD_ROWS: int
+    WORDS: int
+    AREA_BITS: int
+
+
+class Layout(NamedTuple):
+    """Channels C and the strides of images (S) and out (O) but that of the batch; NHWC: channels are innermost."""
+
+    C: int
+    SC: int
+    SH: int
+    SW: int
+    OC: int
+    OH: int
+    OW: int
+    NHWC: bool
+    IN_PLACE: bool
+
+
+class Tile(NamedTuple):
+    """How a launch is divided. See `launch.launch_shape`."""
+
+    VEC: int
+    COLS: int
+    LINES: int
+    ROWS: int
+    PROGRAMS: int
+    PACK: int
+
+
+class Rule(NamedTuple):
+    """The constants of `Settings`: see `launch.rule_of`."""
+
+    K: int
+    MODE: int
+    KIND: int
+    WHOLE_TOKENS: bool
+    HAS_HEADER: bool
+    HAS_MIXUP: bool
+    HAS_MINMAX: bool
+    LAM_WEIGHTS: bool
+    DRAW_EACH: bool
+
+
+class MapForm(NamedTuple):
+    """Maps of MH x MW cells, CLASSES of them (0: of the own label), aligned to VEC values; form of the boxes."""
+
+    MH: int
+    MW: int
+    CLASSES: int
+    VEC: int
+    BOX_STEP: int
+    BOX_FORMAT: int

@@ -1,0 +1,326 @@
+"""Launches of the fused kernel: their shape, their arguments, and the functions that the operators call.
+
+The launchers are plain functions of tensors. They do not ask what device these are on, so the interpreter can run them.
+"""
+
+from functools import lru_cache
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..inputs import BOX_FORMATS, Evidence, Result
+from ..settings import (
+    BATCH,
+    MASK_RULES,
+    MODES,
+    PAIR,
+    Plan,
+    Settings,
+    area_bits,
+    has_drawn_lam,
+    make_plan,
+)
+from ..tables import device_table
+from . import draw
+from .fused import mix_kernel
+from .groups import EvidencePointers, Grid, Layout, MapForm, Normalisation, Pairs, Results, Rule, Strides, Tables, Tile
+
+__all__ = ["Launch", "launch_shape", "mix", "pool_targets", "prepare", "token_mask"]
+
+NO_STRIDES = (1, 1, 1, 1)
+
+
+class Launch(NamedTuple):
+    """A launch that is ready: `mix_kernel[grid](**arguments, **options)`."""
+
+    grid: tuple[int]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        mix_kernel[self.grid](**self.arguments, **self.options)
+
+
+class Fixed(NamedTuple):
+    """What a launch has in common with all others of its form."""
+
+    programs: int
+    plan: Plan
+    tables: Tables
+    normalisation: Normalisation
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+@lru_cache(maxsize=256)
+def launch_shape(
+    channels: int, height: int, width: int, patch: int, nhwc: bool, in_bytes: int, out_bytes: int, alignment: int,
+    converts: bool, blends: bool, in_place: bool,
+) -> tuple[Tile, int, int, int]:  # fmt: skip
+    """How a launch is divided, from the shape and dtype alone.
+
+    Args:
+        channels, height, width, patch: of the images.
+        nhwc: whether channels are innermost in memory.
+        in_bytes, out_bytes: size of one value.
+        alignment: a divisor of all strides but the innermost and of the first addresses, in values.
+        converts: whether pixels are normalised or change their dtype.
+        blends: whether a pixel may need both images (Mixup, rectangles).
+        in_place: whether a pair's tokens change places.
+
+    Returns:
+        (Tile, WORD_ROWS, WORDS, warps). VEC: neighbours in memory that a thread moves at once: 16 bytes of the wider
+        dtype, less where tokens are narrower. COLS by LINES: the tile; few lines where much is held for each. ROWS:
+        token rows of a program. PROGRAMS: programs of a sample, two of them for the targets. PACK: values that are
+        moved as one 64-bit word. WORD_ROWS grid rows are in one word of the mask, which has WORDS words.
+    """
+    warps = 4
+    grid_h, grid_w = height // patch, width // patch
+    span = patch * (channels if nhwc else 1)
+    line = width * (channels if nhwc else 1)
+    vec = gcd(16 // max(in_bytes, out_bytes), span, alignment)
+    cols = min(32 * vec, triton.next_power_of_2(line))
+    tall = triton.next_power_of_2(patch)
+    lines = min(tall, 4) if blends else min(tall, 8) if converts and nhwc else tall
+    word_rows = max(1, 32 // grid_w) if grid_w <= 32 else 1
+    word_rows = min(word_rows, -(-grid_h // 8))
+    words = triton.next_power_of_2(-(-grid_h // word_rows))
+    # Loads of each thread: enough to be worth the draw of the mask, few enough that warps stay short.
+    loads = tall * (1 if nhwc else channels) * -(-line // cols) * cols // (vec * 32 * warps)
+    if in_place:
+        loads += loads // 3  # each with a condition of its own
+    rows = max(1, (36 if converts or blends else 84) // max(1, loads))
+    rows = -(-grid_h // -(-grid_h // min(rows, grid_h)))
+    pack = 8 // in_bytes if not converts and vec * in_bytes >= 8 else 1
+    return Tile(vec, cols, lines, rows, 2 + -(-grid_h // rows), pack), word_rows, max(8, words), warps
+
+
+@lru_cache(maxsize=64)
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Normalisation:
+    """Mean and reciprocal standard deviation on a device, made once."""
+    if not mean:
+        return Normalisation(None, None)
+    means, stds = (torch.tensor(numbers, dtype=torch.float32, device=device) for numbers in (mean, std))
+    return Normalisation(means, 1 / stds)
+
+
+@lru_cache(maxsize=1024)
+def fixed_part(
+    shape: tuple[int, ...], strides: tuple[int, ...], out_strides: tuple[int, ...], in_bytes: int, out_bytes: int,
+    alignment: int, plain: bool, in_place: bool, map_shape: tuple[int, ...], map_vec: int, box_step: int,
+    box_format: str, settings: Settings, device: torch.device,
+) -> Fixed:  # fmt: skip
+    """What is the same for all launches of this form."""
+    _, channels, height, width = shape
+    sc, sh, sw = strides[1:]
+    oc, oh, ow = out_strides[1:]
+    patch = settings.patch_size
+    rule = MASK_RULES[settings.mask_type]
+    plan = make_plan(settings, height, width)
+    nhwc = sc == 1 and sw == channels and oc == 1 and ow == channels and channels > 1
+    inner: tuple[int, ...] = (sh, oh) if nhwc else (sc, sh, oc, oh)
+    alignment = gcd(alignment, strides[0], out_strides[0], *inner) if nhwc or sw == ow == 1 else 1
+    has_mixup = plan.switches < 1 << 24
+    tile, word_rows, words, warps = launch_shape(
+        channels, height, width, patch, nhwc, in_bytes, out_bytes, alignment, not plain,
+        has_mixup or not rule.whole_tokens, in_place,
+    )  # fmt: skip
+    grid_h, grid_w = height // patch, width // patch
+    mode = MODES[settings.mode]
+    drawn_lam = has_drawn_lam(settings)
+    rule_group = Rule(
+        K=settings.num_classes,
+        MODE=mode,
+        KIND=rule.kind,
+        WHOLE_TOKENS=rule.whole_tokens,
+        HAS_HEADER=plan.mixes < 1 << 24 or has_mixup or drawn_lam,
+        HAS_MIXUP=has_mixup,
+        HAS_MINMAX=bool(settings.minmax),
+        LAM_WEIGHTS=not (rule.whole_tokens or map_shape or settings.correct_lam or settings.minmax),
+        DRAW_EACH=not rule.drawn or mode not in (BATCH, PAIR),
+    )
+    maps_group = MapForm(
+        MH=map_shape[-2] if map_shape else 1,
+        MW=map_shape[-1] if map_shape else 1,
+        CLASSES=map_shape[0] if len(map_shape) == 3 else 0,
+        VEC=map_vec,
+        BOX_STEP=box_step,
+        BOX_FORMAT=BOX_FORMATS.index(box_format),
+    )
+    tables = Tables(
+        ratio=device_table("ratio", 0.0, device) if settings.mask_type == "block" else None,
+        mixup=device_table("beta", settings.mixup_alpha, device) if has_mixup else None,
+        cutmix=device_table("beta", settings.cutmix_alpha, device) if drawn_lam else None,
+    )
+    options: dict[str, Any] = {
+        "num_warps": warps,
+        # A contracted multiply-add would round Mixup and the sampling positions differently from the reference.
+        "enable_fp_fusion": False,
+    }
+    if not torch.version.hip:
+        # 1,024 threads fit a multiprocessor, and the assembler keeps what it has to keep in registers, not in memory.
+        # Masks of many rows beside lines that are not a power of two need more.
+        options["maxnreg"] = 64 if words <= 16 or not patch & (patch - 1) else 128
+    constants = {
+        "MASK_RULE": getattr(draw, f"{settings.mask_type}_mask") if rule.whole_tokens else None,
+        "GRID": Grid(height, width, patch, grid_h, grid_w, word_rows, words, area_bits(grid_h * grid_w)),
+        "LAYOUT": Layout(channels, sc, sh, sw, oc, oh, ow, nhwc, in_place),
+        "TILE": tile,
+        "RULE": rule_group,
+        "MAPS": maps_group,
+    }
+    return Fixed(tile.PROGRAMS, plan, tables, normalisation(settings.mean, settings.std, device), constants, options)
+
+
+def address_alignment(*tensors: Tensor) -> int:
+    """A divisor of the first addresses in values, at most 16. Tensors without memory are aligned."""
+    alignment = 16
+    for tensor in tensors:
+        if not tensor.is_meta:
+            alignment = gcd(alignment, (tensor.data_ptr() & 255) // tensor.element_size())
+    return alignment
+
+
+def prepare(
+    images: Tensor | None,
+    out: Tensor | None,
+    labels: Tensor | None,
+    partner: Tensor | None,
+    evidence: Evidence,
+    mask: Tensor | None,
+    seed: Tensor,
+    sample_offset: int,
+    settings: Settings,
+    results: Results,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> Launch:
+    """A launch of `mix_kernel`. Nothing here waits for a device.
+
+    Args:
+        images, out: the batch and where the mix goes, `images` itself for in place; None: targets or masks alone.
+        labels, partner, evidence, mask: as `tokenmix` takes them.
+        seed: 0-d int64, on the CPU or on the device.
+        sample_offset: of the batch's first sample.
+        results: memory for what is wanted.
+        shape: [B, C, H, W] of the images.
+        device: of the launch.
+    """
+    maps, boxes = evidence.maps, evidence.boxes
+    map_shape: tuple[int, ...] = ()
+    map_vec = 1
+    if maps is not None:
+        map_shape = tuple(maps.shape[1:])
+        map_vec = gcd(
+            4,
+            maps.stride(0),
+            0 if evidence.indices is None else evidence.indices.stride(0),
+            map_shape[-2] * map_shape[-1],
+        )
+    strides = out_strides = NO_STRIDES
+    in_bytes = out_bytes = alignment = 1
+    plain = False
+    if images is not None and out is not None:
+        strides, out_strides = images.stride(), out.stride()
+        in_bytes, out_bytes = images.element_size(), out.element_size()
+        plain = images.dtype == out.dtype and not settings.mean
+        alignment = address_alignment(images, out)
+    fixed = fixed_part(
+        shape, strides, out_strides, in_bytes, out_bytes, alignment, plain, images is not None and images is out,
+        map_shape, map_vec, 0 if boxes is None else boxes.stride(1), evidence.box_format, settings, device,
+    )  # fmt: skip
+    if seed.device.type == "cpu":
+        number = int(seed)
+        low, high = number & 0xFFFFFFFF, number >> 32
+        seed_low: Any = low - (low >> 31 << 32)
+        seed_high = high
+    else:
+        seed_low, seed_high = seed, None
+    pointers = EvidencePointers(
+        maps,
+        evidence.indices,
+        evidence.ids,
+        boxes,
+        evidence.flips,
+        evidence.affines,
+        0 if maps is None else maps.stride(0),
+        0 if evidence.indices is None else evidence.indices.stride(0),
+        0 if boxes is None else boxes.stride(0),
+        0 if maps is None or evidence.ids is None else maps.shape[0],
+        0 if evidence.indices is None else map_shape[0],
+    )
+    arguments = {
+        "images": images,
+        "out": out,
+        "strides": Strides(strides[0], out_strides[0]),
+        "normalisation": fixed.normalisation,
+        "pairs": Pairs(labels, 1 if labels is None else labels.stride(0), partner),
+        "evidence": pointers,
+        "mask": mask,
+        "results": results,
+        "tables": fixed.tables,
+        "plan": fixed.plan,
+        "seed": seed_low,
+        "seed_high": seed_high,
+        "sample_offset": sample_offset,
+        "batch": shape[0],
+        "smoothing": settings.label_smoothing,
+        **fixed.constants,
+    }
+    return Launch((shape[0] * fixed.programs,), arguments, fixed.options)
+
+
+def mix(
+    images: Tensor,
+    out: Tensor,
+    labels: Tensor,
+    partner: Tensor | None,
+    evidence: Evidence,
+    mask: Tensor | None,
+    seed: Tensor,
+    sample_offset: int,
+    settings: Settings,
+    whole: bool = True,
+) -> Result:
+    """Mix a batch into `out`, in place where that is `images`, in one launch; `whole` False writes targets alone."""
+    batch, _, height, width = images.shape
+    device = images.device
+    targets = torch.empty(batch, settings.num_classes, dtype=torch.float32, device=device)
+    weights = mask_out = kind = None
+    if whole:
+        grid = (height // settings.patch_size, width // settings.patch_size)
+        weights = torch.empty(batch, 2, dtype=torch.float32, device=device)
+        mask_out = torch.empty(batch, *grid, dtype=torch.bool, device=device)
+        kind = torch.empty(batch, dtype=torch.uint8, device=device)
+    results = Results(targets, weights, mask_out, kind)
+    prepare(
+        images, out, labels, partner, evidence, mask, seed, sample_offset, settings, results, tuple(images.shape), device
+    ).run()
+    return Result(targets, mask_out, weights, kind)  # type: ignore[arg-type]
+
+
+def token_mask(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: int, settings: Settings) -> Tensor:
+    """Masks alone, [B, Gh, Gw] bool, on the seed's device."""
+    shape = (batch, 1, grid[0] * settings.patch_size, grid[1] * settings.patch_size)
+    mask_out = torch.empty(batch, *grid, dtype=torch.bool, device=seed.device)
+    results = Results(None, None, mask_out, None)
+    prepare(
+        None, None, None, None, Evidence(), None, seed, sample_offset, settings, results, shape, seed.device
+    ).run()  # fmt: skip
+    return mask_out
+
+
+def pool_targets(evidence: Evidence, labels: Tensor, mask: Tensor, partner: Tensor | None) -> Tensor:
+    """Weights alone, [B, 2] fp32 (own, partner), for masks that are already there."""
+    settings = Settings(num_classes=1, patch_size=1, mask_type="given")
+    weights = torch.empty(len(mask), 2, dtype=torch.float32, device=mask.device)
+    results = Results(None, weights, None, None)
+    seed = torch.zeros((), dtype=torch.int64, device="cpu")
+    prepare(
+        None, None, labels, partner, evidence, mask, seed, 0, settings, results, (len(mask), 1, *mask.shape[1:]),
+        mask.device,
+    ).run()  # fmt: skip
+    return weights

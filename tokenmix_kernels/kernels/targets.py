@@ -1,0 +1,120 @@
+"""Weights and soft targets, in Triton. Beside `reference/targets.py`."""
+
+import triton
+import triton.language as tl
+
+from .evidence import pool
+from .groups import CONST
+
+__all__ = ["write_targets"]
+
+
+@triton.jit
+def taken_share(drawn, TOKENS: tl.constexpr, GRID: tl.constexpr, RULE: tl.constexpr):
+    """The share of each token that comes from the partner, [TOKENS] fp32; beyond the grid it means nothing."""
+    P: tl.constexpr = GRID.P
+    GW: tl.constexpr = GRID.GW
+    WORD_TOKENS: tl.constexpr = GRID.WORD_ROWS * GW
+    token = tl.arange(0, TOKENS)
+    if RULE.WHOLE_TOKENS:
+        line = tl.max(drawn.mask, 0)  # [WORDS], the same in all four rows
+        mine = tl.gather(line, tl.minimum(token // WORD_TOKENS, GRID.WORDS - 1), 0)
+        share = ((mine >> (token % WORD_TOKENS).to(drawn.mask.dtype)) & 1).to(tl.float32)
+    else:
+        y, x = (token // GW) * P, (token % GW) * P
+        rows = tl.maximum(tl.minimum(y + P, drawn.bottom) - tl.maximum(y, drawn.top), 0)
+        columns = tl.maximum(tl.minimum(x + P, drawn.right) - tl.maximum(x, drawn.left), 0)
+        share = (rows * columns).to(tl.float32) * (1.0 / (P * P))
+    return share
+
+
+@triton.jit
+def write_row(targets, begin, side, mine, theirs, rest, raised, K: tl.constexpr):
+    """One side's half of a target row that starts at `begin`: `raised` in the column `mine`, `rest` elsewhere.
+
+    Whatever K is, columns are stored in fours between 16-byte borders of memory. The fours around both labels (mine,
+    theirs; AWAY where there is none) and the ends of the row are stored by themselves, no column by two threads.
+    """
+    WIDE: tl.constexpr = min(128, triton.next_power_of_2(K))
+    head = ((-begin) & 3).to(tl.int32) if K % 4 != 0 else tl.zeros([], tl.int32)  # columns before the first border
+    fours = tl.maximum(K - head, 0) // 4
+    row = targets + tl.multiple_of(begin + head, 4)
+    mine, theirs = mine - head, theirs - head
+    my_four, their_four = mine >> 2, theirs >> 2
+    within = tl.arange(0, 4)
+    for start in range(0, K // 4, 2 * WIDE):
+        four = start + side * WIDE + tl.arange(0, WIDE)[:, None]  # [WIDE, 1]
+        valid = (four < fours) & (four != my_four) & (four != their_four)
+        tl.store(row + (four * 4 + within[None, :]), rest, valid)
+    near = my_four * 4 + within
+    valid = (near >= -head) & (near < K - head) & (near != theirs)
+    valid = valid & ((side == 0) | (my_four != their_four) | (near == mine))
+    tl.store(row + near, tl.where(near == mine, raised, rest), valid)
+    if K % 4 != 0:
+        end = tl.where(side == 0, -1, fours)
+        near = end * 4 + within
+        valid = (near >= -head) & (near < K - head) & (end != my_four) & (end != their_four)
+        tl.store(row + near, rest, valid)
+
+
+@triton.jit
+def write_targets(
+    pairs,
+    evidence,
+    results,
+    i,
+    j,
+    side,
+    drawn,
+    smoothing,
+    GRID: tl.constexpr,
+    RULE: tl.constexpr,
+    MAPS: tl.constexpr,
+):
+    """Pool one side of a pair (side 0: the own image, 1: the partner) and write its half of the target row.
+
+    Where both have one label, side 0 pools both.
+    """
+    COUNT: tl.constexpr = GRID.GH * GRID.GW
+    TOKENS: tl.constexpr = triton.next_power_of_2(COUNT)
+    K: tl.constexpr = RULE.K
+    AREA: tl.constexpr = COUNT if RULE.WHOLE_TOKENS else GRID.H * GRID.W
+    taken = taken_share(drawn, TOKENS, GRID, RULE)
+    token = tl.arange(0, TOKENS)
+    if results.mask is not None and side == 1:
+        tl.store(results.mask + i * COUNT + token, taken > 0.5, token < COUNT)
+    if results.kind is not None and side == 1:
+        tl.store(results.kind + i, drawn.kind.to(tl.uint8))
+    if results.weights is None and results.targets is None:
+        return
+    label_i = tl.load(pairs.labels + i * pairs.labels_stride).to(tl.int64)
+    label_j = tl.load(pairs.labels + j * pairs.labels_stride).to(tl.int64)
+    same = label_i == label_j
+    AWAY: tl.constexpr = CONST.value.AWAY
+    column_i = tl.where((label_i >= 0) & (label_i < K), label_i, AWAY).to(tl.int32)
+    column_j = tl.where((label_j >= 0) & (label_j < K) & ~same, label_j, AWAY).to(tl.int32)
+    moved = drawn.tokens if RULE.WHOLE_TOKENS else (drawn.bottom - drawn.top) * (drawn.right - drawn.left)
+    n = side
+    last = tl.where(same, 2 - 2 * side, side + 1)
+    raised = tl.zeros([], tl.float32)
+    while n < last:
+        own = n == 0
+        share = tl.where(own, 1.0 - taken, taken)
+        area = tl.where(own, AREA - moved, moved).to(tl.float32) * (1.0 / AREA)
+        weight = pool(
+            evidence, tl.where(own, i, j), tl.where(own, label_i, label_j), share, area, TOKENS, GRID, MAPS
+        )  # fmt: skip
+        lam_weight = tl.where(own, drawn.lam, 65536 - drawn.lam).to(tl.float32) * CONST.value.UNIT
+        by_lam = drawn.kind <= CONST.value.MIXUP
+        if RULE.LAM_WEIGHTS:
+            by_lam = drawn.kind >= 0
+        weight = tl.where(by_lam, lam_weight, weight)
+        if results.weights is not None:
+            tl.store(results.weights + i * 2 + n, weight)
+        timm = weight * (1.0 - smoothing)
+        raised += tl.where(drawn.kind > CONST.value.MIXUP, weight - smoothing * 0.5, timm) if RULE.WHOLE_TOKENS else timm
+        n += 1
+    if results.targets is not None:
+        rest = tl.div_rn(smoothing, tl.full([], K, tl.float32))
+        mine, theirs = tl.where(side == 0, column_i, column_j), tl.where(side == 0, column_j, column_i)
+        write_row(results.targets, i * K, side, mine, theirs, rest, rest + raised, K)

@@ -1,0 +1,54 @@
+"""The mix in pure PyTorch: what the operators compute on a CPU, and what every kernel is compared with.
+
+Files and functions have the names and the order of those in `kernels/`.
+"""
+
+import torch
+from torch import Tensor
+
+from ..inputs import Evidence, Result
+from ..settings import Settings
+from .draw import CPU, Draw, draw, partner_of
+from .evidence import pool, pool_tokens
+from .pixels import mix_pixels, swap_pixels
+from .targets import write_targets, write_weights
+
+__all__ = ["Draw", "draw", "mix", "pool_targets", "pool_tokens", "token_mask"]
+
+
+def mix(
+    images: Tensor,
+    out: Tensor,
+    labels: Tensor,
+    partner: Tensor | None,
+    evidence: Evidence,
+    mask: Tensor | None,
+    seed: Tensor,
+    sample_offset: int,
+    settings: Settings,
+) -> Result:
+    """Mix a batch into `out`, in place where that is `images`; partners must then be mutual."""
+    device = images.device
+    labels = labels.to(CPU, torch.int64)
+    pairs = partner_of(partner, len(images))
+    drawn = draw(int(seed), sample_offset, pairs, mask, images.shape[2], images.shape[3], settings)
+    if out is images:
+        swap_pixels(images, pairs, drawn, settings)
+    else:
+        mix_pixels(images, out, pairs, drawn, settings)
+    weights = write_weights(evidence, labels, pairs, drawn, settings)
+    targets = write_targets(weights, labels, pairs, drawn, settings)
+    kind = torch.tensor(drawn.kind, dtype=torch.uint8, device=CPU)
+    return Result(targets.to(device), drawn.mask.to(device), weights.to(device), kind.to(device))
+
+
+def token_mask(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: int, settings: Settings) -> Tensor:
+    """Masks alone, [B, Gh, Gw] bool."""
+    height, width = (side * settings.patch_size for side in grid)
+    return draw(int(seed), sample_offset, partner_of(None, batch), None, height, width, settings).mask
+
+
+def pool_targets(evidence: Evidence, labels: Tensor, mask: Tensor, partner: Tensor | None) -> Tensor:
+    """Weights alone, [B, 2] fp32 (own, partner), for masks that are already there."""
+    pairs = partner_of(partner, len(mask))
+    return pool(evidence, labels.to(CPU, torch.int64), pairs, mask.to(CPU).double()).float()

@@ -1,0 +1,234 @@
+"""What each sample gets, in PyTorch and Python integers: kind, lam, mask, rectangle. Beside `kernels/draw.py`.
+
+Random numbers come from Philox4x32-10 with the seed as key and (sample, sample >> 32, draw, stream) as counter. Every
+decision on them is made on integers, so that masks are equal bit for bit on every device.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import isqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..settings import BATCH, COPY, MASK_RULES, MIXUP, MODES, PAIR, Plan, Settings, area_bits, make_plan
+from ..tables import BETA_BITS, RATIO_BITS, beta_table, ratio_table
+
+__all__ = ["Draw", "draw", "partner_of", "philox"]
+
+HEADER, RECTANGLE, TRIES, KEYS = 0, 1, 2, 3  # streams of the random counters
+LOW32 = 0xFFFFFFFF
+CPU = torch.device("cpu")
+
+
+class Draw(NamedTuple):
+    """What was drawn for each sample, on the CPU.
+
+    Attributes:
+        kind: [B] of COPY, MIXUP and the kinds of mask rules.
+        lam: [B] share kept from the own image in units of 2**-16 (Mixup and CutMix).
+        mask: [B, Gh, Gw] bool, the tokens taken from the partner (more than half of a token, for CutMix).
+        rectangle: [B] of (top, bottom, left, right) in pixels; (0, 0, 0, 0) for all but CutMix.
+    """
+
+    kind: list[int]
+    lam: list[int]
+    mask: Tensor
+    rectangle: list[tuple[int, int, int, int]]
+
+
+def philox(seed: int, samples: Tensor, draws: Tensor, stream: int) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words, as int64 [*, 4], for each counter."""
+    samples, draws = torch.broadcast_tensors(samples, draws)
+    c0, c1, c2 = samples & LOW32, (samples >> 32) & LOW32, draws
+    c3 = torch.full_like(c0, stream)
+    key0, key1 = seed & LOW32, (seed >> 32) & LOW32
+    for _ in range(10):
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = (high >> 32 & LOW32) ^ c1 ^ key0, (low >> 32 & LOW32) ^ c3 ^ key1
+        c1, c3 = high & LOW32, low & LOW32
+        key0, key1 = (key0 + 0x9E3779B9) & LOW32, (key1 + 0xBB67AE85) & LOW32
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def counting(count: int) -> Tensor:
+    """0 ... count - 1 as int64 on the CPU, whatever the default device is."""
+    return torch.arange(count, dtype=torch.int64, device=CPU)
+
+
+def partner_of(partner: Tensor | None, batch: int) -> Tensor:
+    """The partner of each sample, [B] int64: the batch reversed unless given; out of range it is the sample itself."""
+    if partner is None:
+        return counting(batch).flip(0)
+    partner = partner.to(CPU, torch.int64)
+    return torch.where((partner >= 0) & (partner < batch), partner, counting(batch))
+
+
+def beta(word: int, alpha: float) -> int:
+    """lam ~ Beta(alpha, alpha) in units of 2**-16: the quantile table, read between two entries."""
+    table = beta_table(alpha)
+    entry, between = word >> (32 - BETA_BITS), word >> (18 - BETA_BITS) & 0x3FFF
+    return table[entry] + ((table[entry + 1] - table[entry]) * between >> 14)
+
+
+def header(words: list[int], settings: Settings, plan: Plan, count: int) -> tuple[int, int, int]:
+    """Whether and how a sample is mixed: (kind, lam in 2**-16, tokens to mask)."""
+    mixes = words[0] >> 8 < plan.mixes
+    switches = words[1] >> 8 < plan.switches
+    if not mixes:
+        return COPY, 65536, 0
+    if not switches:
+        return MIXUP, beta(words[2], settings.mixup_alpha), 0
+    kind = MASK_RULES[settings.mask_type].kind
+    if plan.lam >= 0:
+        return kind, plan.lam, plan.tokens
+    lam = beta(words[2], settings.cutmix_alpha)
+    return kind, lam, min(count, ((65536 - lam) * count >> 16) + plan.minimum_tokens)
+
+
+def block_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, int]) -> Tensor:
+    """Rectangles of random area and aspect ratio until `tokens` [U] are masked, [U, G] bool."""
+    words = philox(seed, samples[:, None], counting(32), TRIES).tolist()
+    masks = [
+        union_of_rectangles(first_words, sample, seed, wanted, grid)
+        for first_words, sample, wanted in zip(words, samples.tolist(), tokens, strict=True)
+    ]
+    return unpack(masks, grid[0] * grid[1])
+
+
+def union_of_rectangles(words: list[list[int]], sample: int, seed: int, tokens: int, grid: tuple[int, int]) -> int:
+    """The mask of one sample as an integer of G bits. `words` holds the Philox words of the first 32 draws.
+
+    Tries go in windows of four, all against the tokens that are still to be masked; the first that fits is taken.
+    Ten in a row that do not fit end it.
+    """
+    grid_h, grid_w = grid
+    bits = area_bits(grid_h * grid_w)
+    ratios = ratio_table()
+    half, shift = 1 << (13 + bits // 2), 14 + bits // 2
+    smallest, unused = 1 << bits, 32 - bits
+    mask = covered = failed = window = 0
+    while covered < tokens and failed < 3:
+        remaining = tokens - covered
+        first, half_row = 4 * (window // 2), 2 * (window % 2)
+        if first == len(words):
+            more = counting(len(words) + 32)[len(words) :]
+            words = words + philox(seed, torch.full_like(more, sample), more, TRIES).tolist()
+        failed += 1
+        for j in range(4 if failed < 3 else 2):
+            row = words[first + j]
+            size_word, position_word = row[half_row], row[half_row + 1]
+            area = smallest + (remaining - 1) * (size_word >> unused)
+            factors = ratios[size_word & ((1 << RATIO_BITS) - 1)]
+            side = isqrt(area)
+            h = (side * (factors & 0xFFFF) + half) >> shift
+            w = (side * (factors >> 16) + half) >> shift
+            if h < grid_h and w < grid_w:
+                top = position_word * (grid_h - h + 1) >> 32
+                left = (position_word << 16 & LOW32) * (grid_w - w + 1) >> 32
+                rectangle = row_pattern(h, w, grid_w) << (top * grid_w + left)
+                new = (mask | rectangle).bit_count() - covered
+                if 0 < new <= remaining:
+                    mask, covered, failed = mask | rectangle, covered + new, 0
+                    break
+        window += 1
+    return mask
+
+
+@lru_cache(maxsize=4096)
+def row_pattern(h: int, w: int, grid_w: int) -> int:
+    """A rectangle of h x w tokens in the grid's first corner, as an integer of bits."""
+    return ((1 << h * grid_w) - 1) // ((1 << grid_w) - 1) * ((1 << w) - 1)
+
+
+def unpack(masks: list[int], count: int) -> Tensor:
+    """Integers of `count` bits as bool [len(masks), count]."""
+    size = (count + 7) // 8
+    raw = bytearray().join(mask.to_bytes(size, "little") for mask in masks)
+    octets = torch.frombuffer(raw, dtype=torch.uint8).view(len(masks), size, 1)
+    return (octets >> counting(8).byte() & 1).bool().flatten(1)[:, :count]
+
+
+def random_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, int]) -> Tensor:
+    """The `tokens` [U] tokens with the smallest keys, [U, G] bool.
+
+    Keys are 32-bit random numbers whose low bits are the token's index, so no two are equal.
+    """
+    count = grid[0] * grid[1]
+    words = philox(seed, samples[:, None], counting((count + 3) // 4), KEYS).flatten(1)[:, :count]
+    low = (1 << (count - 1).bit_length()) - 1
+    keys = words & ~low | counting(count)
+    return keys.argsort(1).argsort(1) < torch.tensor(tokens, dtype=torch.int64, device=CPU)[:, None]
+
+
+TOKEN_RULES: dict[str, Callable[[int, Tensor, list[int], tuple[int, int]], Tensor]] = {
+    name: globals()[f"{name}_mask"] for name, rule in MASK_RULES.items() if rule.whole_tokens and rule.drawn
+}
+
+
+def cutmix_rectangle(words: list[int], lam: int, plan: Plan, minmax: bool, height: int, width: int) -> tuple[int, ...]:
+    """(top, bottom, left, right) in pixels, as `timm.data.mixup.rand_bbox` and `rand_bbox_minmax` place it."""
+    if minmax:
+        cut_h = plan.low_h + (words[0] * plan.span_h >> 32)
+        cut_w = plan.low_w + (words[1] * plan.span_w >> 32)
+        top = words[2] * (height - cut_h + 1) >> 32
+        left = words[3] * (width - cut_w + 1) >> 32
+        return top, top + cut_h, left, left + cut_w
+    cut_h = isqrt((65536 - lam) * height * height) >> 8
+    cut_w = isqrt((65536 - lam) * width * width) >> 8
+    center_y, center_x = words[0] * height >> 32, words[1] * width >> 32
+    top, bottom = max(center_y - cut_h // 2, 0), min(center_y + (cut_h + 1) // 2, height)
+    left, right = max(center_x - cut_w // 2, 0), min(center_x + (cut_w + 1) // 2, width)
+    return top, bottom, left, right
+
+
+def coverage(rectangle: tuple[int, int, int, int], grid: tuple[int, int], patch: int) -> Tensor:
+    """Pixels of each token inside a rectangle, [Gh, Gw] int64."""
+    top, bottom, left, right = rectangle
+    rows, columns = counting(grid[0]) * patch, counting(grid[1]) * patch
+    rows = (torch.clamp(rows + patch, max=bottom) - torch.clamp(rows, min=top)).clamp(min=0)
+    columns = (torch.clamp(columns + patch, max=right) - torch.clamp(columns, min=left)).clamp(min=0)
+    return rows[:, None] * columns
+
+
+def draw(
+    seed: int, sample_offset: int, partner: Tensor, mask: Tensor | None, height: int, width: int, settings: Settings
+) -> Draw:
+    """What each sample of the batch gets."""
+    batch, patch, mode = len(partner), settings.patch_size, MODES[settings.mode]
+    grid = (height // patch, width // patch)
+    rule = MASK_RULES[settings.mask_type]
+    plan = make_plan(settings, height, width)
+    # Samples that share a draw have one counter.
+    samples = counting(batch)
+    if mode == BATCH:
+        samples.zero_()
+    elif mode == PAIR:
+        samples = torch.minimum(samples, partner)
+    units, unit_of = torch.unique(samples, return_inverse=True)
+    units += sample_offset
+
+    headers = philox(seed, units, counting(1), HEADER).tolist()
+    kinds, lams, tokens = zip(*(header(words, settings, plan, grid[0] * grid[1]) for words in headers), strict=True)
+    rectangles: list[tuple[int, ...]] = [(0, 0, 0, 0)] * len(units)
+    masks = torch.zeros(len(units), grid[0] * grid[1], dtype=torch.bool, device=CPU)
+    if rule.kind in kinds and not rule.whole_tokens:
+        words = philox(seed, units, counting(1), RECTANGLE).tolist()
+        for u, kind in enumerate(kinds):
+            if kind == rule.kind:
+                rectangles[u] = cutmix_rectangle(words[u], lams[u], plan, bool(settings.minmax), height, width)
+        masks = torch.stack([2 * coverage(r, grid, patch) > patch * patch for r in rectangles]).flatten(1)
+    elif rule.kind in kinds and rule.drawn:
+        masks = TOKEN_RULES[settings.mask_type](seed, units, list(tokens), grid)
+    masks = masks[unit_of]
+    if not rule.drawn:
+        assert mask is not None
+        masks = mask.to(CPU).flatten(1) & torch.tensor([kind == rule.kind for kind in kinds], device=CPU)[unit_of, None]
+    order = unit_of.tolist()
+    return Draw(
+        kind=[kinds[u] for u in order],
+        lam=[lams[u] for u in order],
+        mask=masks.view(batch, *grid),
+        rectangle=[rectangles[u] for u in order],
+    )
