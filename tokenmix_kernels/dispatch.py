@@ -53,17 +53,17 @@ def mix_into(
     seed: Tensor,
     sample_offset: int,
     settings: Settings,
+    in_place: bool = False,
     **options: Any,
 ) -> Result:
-    """Mix by `module`, the reference or the kernels, into `out`; in place where that is `images`.
+    """Mix by `module`, the reference or the kernels, into `out`, which is `images` where the mix is `in_place`.
 
-    Another tensor on the memory of `images` is a result that was to be apart, whatever brought them together (a
-    compiler may drop a clone): the images are then copied first.
+    Otherwise an `out` on the memory of `images` was meant to be apart (a compiler may drop a clone): the images are
+    then copied first.
 
     Raises:
         ValueError: a value out of range (on a CPU), or `out` overlaps with `images` in part.
     """
-    in_place = out is images
     if in_place and settings.mean:
         raise ValueError("out must not be images where mean and std are given: only what moves is touched in place")
     if mask is None and settings.mask_type == "given":
@@ -93,7 +93,7 @@ def implementations(module_of: Callable[[Tensor], ModuleType]) -> dict[str, Call
         return tuple(mix_into(module_of(images), images, out, *split(rest)))
 
     def mix_inplace(images: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        return tuple(mix_into(module_of(images), images, images, *split(rest)))
+        return tuple(mix_into(module_of(images), images, images, *split(rest), in_place=True))
 
     def token_mask(seed: Tensor, sample_offset: int, batch: int, grid_h: int, grid_w: int, settings: str) -> Tensor:
         masks = module_of(seed).token_mask(batch, (grid_h, grid_w), seed, sample_offset, from_text(settings))

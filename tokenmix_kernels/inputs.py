@@ -182,7 +182,7 @@ def check_tensor(
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be {'one of ' * (len(dtypes) > 1)}{names(*dtypes)}, got {names(tensor.dtype)}")
+        raise TypeError(f"{name} must be {'one of ' * (len(dtypes) > 1)}{names(*dtypes)}{what}, got {names(tensor.dtype)}")
     if shape is not None and tensor.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}{what}, got {show(tensor)}")
     if contiguous and not tensor.is_contiguous():
@@ -276,7 +276,7 @@ def check_evidence(evidence: Evidence, batch: int, device: torch.device) -> None
             raise ValueError("affines must not be given together with boxes or flips, which they hold")
         check_tensor("affines", evidence.affines, (torch.float32,), device, (batch, 2, 3), contiguous=True)
     if evidence.boxes is not None:
-        check_tensor("boxes", evidence.boxes, FLOATS, device, (batch, 4), ", one (x0, y0, x1, y1) for each image")
+        check_tensor("boxes", evidence.boxes, FLOATS, device, (batch, 4), ", one (x0, y0, x1, y1) in [0, 1] for each image")
     if evidence.flips is not None:
         check_tensor("flips", evidence.flips, (torch.bool,), device, (batch,), contiguous=True)
 

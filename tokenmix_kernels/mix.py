@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 
 from . import dispatch, inputs, reference
 from .inputs import Evidence, TopKMaps
-from .settings import Settings, as_text
+from .settings import MASK_RULES, Settings, as_text
 
 __all__ = ["Mixed", "TokenMix", "TopKMaps", "pool_targets", "token_mask", "tokenmix"]
 
@@ -378,7 +378,7 @@ def make_settings(
     std: Sequence[float] | None = None,
 ) -> Settings:
     """Checked settings from a caller's arguments; `given` where the mask is an input, whatever mask_type says."""
-    inputs.one_of("mask_type", mask_type, ("block", "random", "cutmix"))
+    inputs.one_of("mask_type", mask_type, tuple(name for name, rule in MASK_RULES.items() if rule.drawn))
     share, alpha = "the share to keep, in [0, 1], or 'beta'", "in [0, 1000]; 0 switches the branch off"
     if isinstance(lam, str) and lam != "beta":
         raise ValueError(f"lam must be {share}, got {lam!r}")
@@ -507,7 +507,7 @@ def run(
         place = images if in_place else torch.empty_like(images, dtype=dtype) if out is None else target
         options = {} if module is reference else {"whole": whole}
         result = dispatch.mix_into(
-            module, images, place, labels, partner, evidence, mask, key, offset, settings, **options
+            module, images, place, labels, partner, evidence, mask, key, offset, settings, in_place, **options
         )
         return Mixed(as_given(place, given) if out is None else out, *result[:3])
     rest = (labels, partner, *evidence, mask, key, offset, as_text(settings))

@@ -2,7 +2,7 @@
 
 import json
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -81,15 +81,29 @@ class Settings(NamedTuple):
     std: tuple[float, ...] = ()
 
 
-@torch.compiler.assume_constant_result
 def as_text(settings: Settings) -> str:
     """The settings as JSON, as the operators take them. A traced graph holds the text as a constant."""
-    return cached_text(settings)
+    # json.dumps and caches cannot be traced, string formatting can.
+    return write_text(settings) if torch.compiler.is_compiling() else cached_text(settings)
 
 
-@lru_cache(maxsize=256)
-def cached_text(settings: Settings) -> str:
-    return json.dumps(settings._asdict())
+def write_text(settings: Settings) -> str:
+    fields = [f'"{name}": {literal(value)}' for name, value in zip(Settings._fields, settings, strict=True)]
+    return "{" + ", ".join(fields) + "}"
+
+
+def literal(value: Any) -> str:
+    """A field in JSON."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join([literal(part) for part in value]) + "]"
+    return f"{value}"
+
+
+cached_text = lru_cache(maxsize=256)(write_text)
 
 
 @lru_cache(maxsize=256)
