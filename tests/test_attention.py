@@ -1,13 +1,14 @@
 """The captured attention of the class token against timm's own unfused attention."""
 
 import copy
-import gc
-import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from tokenmix_kernels.attention import ClassAttention
 
@@ -47,17 +48,19 @@ def make(name, arguments=None, **kwargs):
     model = timm.create_model(name, pretrained=False, **{**SMALL, **(arguments or {}), **kwargs})
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.ndim == 1 or "bias" in key or "rope" in key:
+            if "q_norm.weight" in key or "k_norm.weight" in key:
+                parameter.normal_(2.0, 0.5)
+            elif parameter.ndim == 1 or "bias" in key or "rope" in key:
                 parameter.normal_(0.5, 0.5)
             elif "q" in key or "k_proj" in key:
                 parameter.mul_(8)  # attention far from uniform
     return model
 
 
-def unfused_logits(model, images):
-    """Softmax of the last block [B, heads, T, T] as timm computes it without its fused attention, in float64."""
+def unfused_logits(model, images, block=-1):
+    """Log of the softmax of a block [B, heads, T, T] as timm computes it without its fused attention, in float64."""
     model = copy.deepcopy(model).double()
-    attention = model.blocks[-1].attn
+    attention = model.blocks[block].attn
     attention.fused_attn = False
     found = []
     attention.attn_drop.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].detach()))
@@ -65,12 +68,10 @@ def unfused_logits(model, images):
     return found[0].log()
 
 
-def expected_attention(model, images, prefix, over="all", query="class"):
-    logits = unfused_logits(model, images)  # up to a constant per row
-    if query == "pooled":
-        logits = logits[:, :, prefix:].mean(2)  # the logits are linear in the query
-    else:
-        logits = logits[:, :, 0]
+def expected_attention(model, images, prefix, over="all", query="class", block=-1):
+    logits = unfused_logits(model, images, block)  # up to a constant per row
+    # The logits are linear in the query.
+    logits = logits[:, :, prefix:].mean(2) if query == "pooled" else logits[:, :, 0]
     if over == "patches":
         return logits[..., prefix:].softmax(-1).mean(1)
     return logits.softmax(-1)[..., prefix:].mean(1)
@@ -88,7 +89,7 @@ def test_class_query_is_the_row_of_the_full_attention(name, arguments, prefix):
         expected = expected_attention(model, images, prefix, over)
         assert attention.dtype == torch.float32 and not attention.requires_grad
         assert attention.shape == (3, (64 // model.patch_embed.patch_size[0]) ** 2)
-        assert expected.std(1).min() > 0.2 * expected.mean()  # a uniform attention would prove nothing
+        assert expected.std(1).min() > 0.1 * expected.mean()  # a uniform attention would prove nothing
         torch.testing.assert_close(attention.double(), expected, rtol=2e-4, atol=1e-6)
 
 
@@ -104,3 +105,128 @@ def test_pooled_query_is_the_mean_of_the_patches_queries(name, arguments, prefix
     expected = expected_attention(model, images, prefix, query="pooled")
     assert expected.std(1).min() > 0.05 * expected.mean()
     torch.testing.assert_close(attention.double(), expected, rtol=2e-4, atol=1e-6)
+
+
+def test_any_block_can_be_read():
+    model, images = make("vit_tiny_patch16_224").eval(), torch.randn(2, 3, 64, 64)
+    with ClassAttention(model, block=0) as first, ClassAttention(model) as last:
+        model(images)
+        for evidence, block in ((first, 0), (last, 1)):
+            expected = expected_attention(model, images, 1, block=block)
+            torch.testing.assert_close(evidence.take().double(), expected, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_autocast(name):
+    model = make(name, {"patch_size": 16}).eval()
+    images = torch.randn(2, 3, 64, 64)
+    evidence = ClassAttention(model, query="class")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(images).float().square().mean()
+    attention = evidence.take()
+    assert attention.dtype == torch.float32
+    expected = expected_attention(model, images, 1)
+    assert (attention.double() - expected).abs().max() < 0.1 * expected.max()  # logits of bfloat16 products
+    # The cast of a weight for the capture must not stand in for the one that the block trains through.
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.blocks[-1].attn.parameters())
+
+
+def gradients(model, images):
+    model.zero_grad()
+    loss = model(images).square().mean()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_the_same_with_and_without_capture(checkpointing):
+    model, images = make("vit_tiny_patch16_224").train(), torch.randn(2, 3, 64, 64)
+    model.set_grad_checkpointing(checkpointing)
+    expected = gradients(model, images)
+    evidence = ClassAttention(model)
+    got = gradients(model, images)
+    assert len(got) == len(list(model.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
+    model.set_grad_checkpointing(False)
+    torch.testing.assert_close(evidence.take().double(), expected_attention(model, images, 1), rtol=2e-4, atol=1e-6)
+    with pytest.raises(RuntimeError, match=r"take\(\) needs a forward pass"):
+        evidence.take()
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("vit_tiny_patch16_224", "aot_eager"), ("eva02_tiny_patch14_224", "eager")]
+)
+def test_compiled_whole(name, backend):
+    torch._dynamo.reset()
+    model = make(name, {"patch_size": 16}).train()
+    evidence = ClassAttention(model, query="class")
+    step = torch.compile(model, fullgraph=True, backend=backend)
+    for seed in (0, 1):
+        images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+        step(images).sum().backward()
+        expected = expected_attention(model, images, 1)
+        torch.testing.assert_close(evidence.take().double(), expected, rtol=2e-4, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("wrapped", ["before", "after"])
+def test_capture_of_a_wrapped_model(wrapper, wrapped, process_group):
+    model, images = make("vit_tiny_patch16_224"), torch.randn(2, 3, 64, 64)
+    expected = expected_attention(model, images, 1)
+    evidence = ClassAttention(model) if wrapped == "after" else None
+    if wrapper == "DDP":
+        model = DistributedDataParallel(model)
+    else:
+        mesh = init_device_mesh("cpu", (1,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    evidence = evidence or ClassAttention(model)
+    model(images).sum().backward()
+    torch.testing.assert_close(evidence.take().double(), expected, rtol=2e-4, atol=1e-6)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_deep_copy_captures_nothing_and_remove_undoes_all():
+    model, images = make("vit_tiny_patch16_224"), torch.randn(2, 3, 64, 64)
+    evidence = ClassAttention(model)
+    average = copy.deepcopy(model)
+    average(images)
+    with pytest.raises(RuntimeError, match="needs a forward pass"):
+        evidence.take()
+    evidence.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Other(nn.Module):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "options", "error", "message"),
+    [
+        ("vit_tiny_patch16_224", {}, {"over": "heads"}, ValueError, "over must be 'all' or 'patches'"),
+        ("vit_tiny_patch16_224", {}, {"query": "x"}, ValueError, "query must be 'auto', 'class' or 'pooled'"),
+        ("vit_tiny_patch16_224", {}, {"block": 2}, ValueError, r"block must be in \[-2, 2\).*got 2"),
+        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, {}, ValueError, "patch_drop_rate=0.5"),
+        (
+            "vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, {"query": "class"}, ValueError,
+            "needs a class token",
+        ),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "map"}, {}, ValueError, "pools by 'map'"),
+        (None, {}, {}, TypeError, "model must be a vision transformer.*got Other; use ActivationTeacher"),
+    ],
+)  # fmt: skip
+def test_models_and_options_that_cannot_be_captured_are_refused(name, arguments, options, error, message):
+    model = Other() if name is None else make(name, arguments)
+    with pytest.raises(error, match=message):
+        ClassAttention(model, **options)

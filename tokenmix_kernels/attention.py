@@ -33,7 +33,7 @@ INSTEAD = "use ActivationTeacher on the EMA weights of the model as evidence ins
 
 
 class ClassAttention:
-    """Capture of the class token's attention to the patches in the last block of a timm ViT.
+    """Capture the class token's attention to the patches in the last block of a timm ViT.
 
     Every forward pass of the model leaves one tensor [B, N], which `take` hands out::
 
@@ -54,6 +54,7 @@ class ClassAttention:
             wrapper of one.
         over: the tokens of the softmax. ``'all'``: all tokens, as TransMix has it, so that a row sums to
             less than one; ``'patches'``: the patch tokens only, each row sums to one.
+        block: index of the block that is read; -1 is the last one.
         query: ``'class'``: the class token's query, also in a distilled DeiT (not the distillation token's);
             ``'pooled'``: the mean of the queries of all patch tokens, for models that average them (this
             is no part of TransMix); ``'auto'``: what the head reads, ``'class'`` where it takes the class
@@ -64,9 +65,9 @@ class ClassAttention:
         query: the query in use, ``'class'`` or ``'pooled'``.
 
     Raises:
-        TypeError: the model's last block has no attention that is known here; the message says what to do.
-        ValueError: unknown argument, no class token for ``query='class'``, a head with an attention pool,
-            or dropped patches; the message says what to do.
+        TypeError: the block has no attention that is known here; the message says what to do.
+        ValueError: unknown argument, no such block, no class token for ``query='class'``, a head with an attention
+            pool, or dropped patches; the message says what to do.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class ClassAttention:
         *,
         over: Literal["all", "patches"] = "all",
         query: Literal["auto", "class", "pooled"] = "auto",
+        block: int = -1,
     ) -> None:
         if over not in ("all", "patches"):
             raise ValueError(f"over must be 'all' or 'patches', got {over!r}")
@@ -82,7 +84,7 @@ class ClassAttention:
             raise ValueError(f"query must be 'auto', 'class' or 'pooled', got {query!r}")
         while isinstance(inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
             model = inner
-        self.attn: Any = last_attention(model)
+        self.attn: Any = attention_of(model, block)
         self.prefix = int(getattr(model, "num_prefix_tokens", 0))
         self.over = over
         self.query = resolve_query(model, query)
@@ -160,36 +162,39 @@ class Projections(NamedTuple):
     key_bias: Tensor | None
 
 
-def last_attention(model: nn.Module) -> nn.Module:
-    """The attention module of the model's last block.
+def attention_of(model: nn.Module, block: int) -> nn.Module:
+    """The attention module of one of the model's blocks.
 
     Raises:
         TypeError: there is none that is known here.
-        ValueError: patches are dropped in training.
+        ValueError: there is no such block, or patches are dropped in training.
     """
     name = type(model).__name__
+    blocks: Any = getattr(model, "blocks", None)
+    if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and not -len(blocks) <= block < len(blocks):
+        raise ValueError(f"block must be in [{-len(blocks)}, {len(blocks)}), the blocks of {name}, got {block}")
     try:
-        attn = model.blocks[-1].attn  # type: ignore[index, union-attr]
+        attn = blocks[block].attn
     except (AttributeError, TypeError, IndexError, NotImplementedError):
         raise TypeError(
-            f"model must be a vision transformer with one attention over all tokens in its last block, got {name}; "
-            f"{INSTEAD}"
+            f"model must be a vision transformer with an attention over all tokens in each block, got {name}; {INSTEAD}"
         ) from None
     if not any((base.__module__, base.__name__) in KNOWN for base in type(attn).__mro__):
         raise TypeError(
             f"model must have timm's Attention, AttentionRope, EvaAttention, RelPosAttention or BEiT's Attention "
-            f"in its last block, got {type(attn).__module__}.{type(attn).__name__} in {name}; {INSTEAD}"
+            f"in the block, got {type(attn).__module__}.{type(attn).__name__} in {name}; {INSTEAD}"
         )
     fused = getattr(attn, "qkv", None)
     for layer in [fused] if fused is not None else [attn.q_proj, attn.k_proj]:
         if not isinstance(layer, nn.Linear):
             raise TypeError(
-                f"model must project queries and keys by nn.Linear in its last block, got {type(layer).__name__}; "
-                "make ClassAttention before adapters are added and train the last block without them"
+                f"model must project queries and keys by nn.Linear in the block, got {type(layer).__name__}; "
+                "make ClassAttention before adapters are added and train that block without them"
             )
-    if getattr(getattr(model, "patch_drop", None), "prob", 0.0) > 0:
+    patch_drop: Any = getattr(model, "patch_drop", None)
+    if getattr(patch_drop, "prob", 0.0) > 0:
         raise ValueError(
-            f"model must keep all patches, got patch_drop_rate={model.patch_drop.prob}; "  # type: ignore[union-attr]
+            f"model must keep all patches, got patch_drop_rate={patch_drop.prob}; "
             "set it to 0 so that the attention fits the mask"
         )
     return attn
