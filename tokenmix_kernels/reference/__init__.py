@@ -8,12 +8,13 @@ from torch import Tensor
 
 from ..inputs import Evidence, Result
 from ..settings import Settings
+from .attention import attention_targets
 from .draw import CPU, Draw, draw, partner_of
 from .evidence import pool, pool_tokens
 from .pixels import mix_pixels, swap_pixels
 from .targets import write_targets, write_weights
 
-__all__ = ["Draw", "draw", "mix", "pool_targets", "pool_tokens", "token_mask"]
+__all__ = ["Draw", "attention_targets", "draw", "mix", "pool_targets", "pool_tokens", "token_mask"]
 
 
 def mix(
