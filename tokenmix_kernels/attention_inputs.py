@@ -1,4 +1,4 @@
-"""What the arguments of `attention_targets` must look like. Forms before the operator, values inside it: `inputs.py`."""
+"""What the arguments of `attention_targets` must look like. Forms before the operator, values inside it."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .inputs import (
-    Evidence,
     FLOATS,
     LABEL_DTYPES,
+    Evidence,
     check_grid,
     check_labels,
     check_partner,

@@ -34,10 +34,7 @@ def own_weight(mix, i, COUNT: tl.constexpr):
     taken = tl.load(mix.mask + i * COUNT + token, real, 0).to(tl.float32)
     area = 1.0 - tl.sum(taken, 0) * (1.0 / COUNT)
     share = pool_attention(attention, taken, area)
-    if mix.ratios is None:
-        ratio = tl.cast(mix.ratio, tl.float32)
-    else:
-        ratio = tl.load(mix.ratios + i)
+    ratio = tl.cast(mix.ratio, tl.float32) if mix.ratios is None else tl.load(mix.ratios + i)
     weight = area + ratio * (share - area)
     if mix.kind is not None:
         weight = tl.where(tl.load(mix.kind + i) <= CONST.value.MIXUP, tl.load(mix.lam + i), weight)
