@@ -309,6 +309,14 @@ def test_the_listing_is_read_rightly():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["fp16", "mixup and cutmix, as timm"])
+def test_a_mask_of_shares_compiles_without_spills(name, target, tmp_path):
+    ready = launch(**(MOVES | OTHERS)[name])
+    results = ready.arguments["results"]._replace(mask=torch.empty(128, 14, 14, device=META))
+    used = resources(compiled(ready._replace(arguments=ready.arguments | {"results": results})), target, tmp_path)
+    assert used.spilled == 0 and used.registers <= (128 if target == "gfx942" else 64)
+
+
 @pytest.mark.parametrize("classes", [10, 1000])
 @pytest.mark.parametrize("form", ["plain", "all"])
 def test_targets_by_attention_compile_without_spills(form, classes, target, tmp_path):

@@ -131,7 +131,7 @@ def fake_result(images: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor, Tens
     patch = settings.patch_size
     return (
         images.new_empty(batch, settings.num_classes, dtype=torch.float32),
-        images.new_empty(batch, height // patch, width // patch, dtype=torch.bool),
+        images.new_empty(batch, height // patch, width // patch, dtype=torch.float32 if settings.shares else torch.bool),
         images.new_empty(batch, 2, dtype=torch.float32),
         images.new_empty(batch, dtype=torch.uint8),
     )

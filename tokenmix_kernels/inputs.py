@@ -69,7 +69,8 @@ class Result(NamedTuple):
 
     Attributes:
         targets: [B, K] float32.
-        mask: [B, Gh, Gw] bool, True where the token is taken from the partner (of a rectangle, by more than half).
+        mask: [B, Gh, Gw] bool, True where the token is taken from the partner (of a rectangle, by more than half); or
+            float32, the share of each token, where the settings say shares.
         weights: [B, 2] float32, what is left of the own image and of the partner.
         kind: [B] uint8, `COPY`, `MIXUP` or the kind of a mask rule.
     """

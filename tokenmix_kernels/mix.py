@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import get_worker_info
 
 from . import dispatch, inputs, reference
-from .inputs import Evidence, TopKMaps
+from .inputs import Evidence, Result, TopKMaps
 from .settings import MASK_RULES, Settings, as_text
 
-__all__ = ["Mixed", "TokenMix", "TopKMaps", "pool_targets", "token_mask", "tokenmix"]
+__all__ = ["Mix", "Mixed", "TokenMix", "TopKMaps", "pool_targets", "token_mask", "tokenmix"]
 
 
 Maps = Tensor | TopKMaps
@@ -40,6 +40,25 @@ class Mixed(NamedTuple):
     targets: Tensor
     mask: Tensor
     weights: Tensor
+
+
+class Mix(NamedTuple):
+    """How a batch was mixed: what `attention_targets` takes beside the attention, on the images' device.
+
+    Attributes:
+        mask: [B, Gh, Gw] float32, the share of each token that was taken from the partner; 0 where a sample was blended
+            or left as it is.
+        labels: [B] class numbers of the images themselves.
+        partner: [B] indices of the partners, whose labels are labels[partner]; None: the batch reversed.
+        kind: [B] uint8, 0: left as it is, 1: blended (Mixup), above: mixed by the mask.
+        lam: [B] float32, weight of the own label in the targets, before smoothing.
+    """
+
+    mask: Tensor
+    labels: Tensor
+    partner: Tensor | None
+    kind: Tensor
+    lam: Tensor
 
 
 class TokenMix(nn.Module):
@@ -72,6 +91,7 @@ class TokenMix(nn.Module):
         out_dtype: dtype of the mixed images; the images' own if not given, float32 for uint8 with mean and std.
         crop_axes: how the crop in a packed label-map batch is read: 'correct', or 'published' for the published code's,
             which takes top for left.
+        return_mix: give a `Mix` as third result, from which `attention_targets` makes targets after the forward pass.
 
     Attributes:
         mixup_enabled: False returns the images unmixed (normalised where mean is given) with smoothed labels, as a
@@ -104,6 +124,7 @@ class TokenMix(nn.Module):
         std: Sequence[float] | None = None,
         out_dtype: torch.dtype | None = None,
         crop_axes: str = "correct",
+        return_mix: bool = False,
     ) -> None:
         super().__init__()
         self.settings = make_settings(
@@ -113,6 +134,8 @@ class TokenMix(nn.Module):
             cutmix_alpha=1.0 if cutmix_minmax is not None else cutmix_alpha, prob=prob, switch_prob=switch_prob,
             minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
         )  # fmt: skip
+        self.return_mix = bool(return_mix)
+        self.settings = self.settings._replace(shares=self.return_mix)
         self.unmixed = self.settings._replace(prob=0.0)
         self.out_dtype = out_dtype
         self.crop_format = crop_format(crop_axes)
@@ -122,7 +145,10 @@ class TokenMix(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_made" in self.__dict__ and name not in ("mixup_enabled", "training") and not name.startswith("_"):
-            fixed = (*Settings._fields, "settings", "unmixed", "out_dtype", "crop_format", "mix_prob", "cutmix_minmax")
+            fixed = (
+                *Settings._fields, "settings", "unmixed", "out_dtype", "crop_format", "mix_prob", "cutmix_minmax",
+                "return_mix",
+            )  # fmt: skip
             if type(self) is TokenMix or name in fixed:
                 raise AttributeError(
                     f"{name} must not be set: it would change nothing. Make a new TokenMix with the setting, or switch "
@@ -146,20 +172,23 @@ class TokenMix(nn.Module):
         sample_offset: int | None = None,
         out: Tensor | None = None,
         backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mix]:
         """Mix a batch; in eval mode, or where mixup_enabled is False, only normalise it and smooth its labels.
 
         Arguments, forms of `maps` and errors are those of `tokenmix`.
 
         Returns:
-            (images [B, C, H, W], targets [B, num_classes] float32).
+            (images [B, C, H, W], targets [B, num_classes] float32), and a `Mix` where return_mix is True.
         """
         settings = self.settings if self.mixup_enabled and self.training else self.unmixed
-        mixed = run(
+        mixed, result = run(
             images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, self.crop_format), None, partner,
-            seed, generator, sample_offset, out, self.out_dtype, backend, settings, whole=False,
+            seed, generator, sample_offset, out, self.out_dtype, backend, settings, whole=self.return_mix,
         )  # fmt: skip
-        return mixed[0], mixed[1]
+        if not self.return_mix:
+            return mixed, result.targets
+        numbers = unpack_label_maps(labels, None, None)[3].long() if labels.dim() == 5 else labels
+        return mixed, result.targets, Mix(result.mask, numbers, partner, result.kind, result.weights[:, 0])
 
     def extra_repr(self) -> str:
         shown = {name: value for name, value in self.settings._asdict().items() if value != ()}
@@ -249,10 +278,11 @@ def tokenmix(
         minimum_tokens=minimum_tokens, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0, switch_prob=1.0,
         minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
     )  # fmt: skip
-    return run(
+    mixed, result = run(
         images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, crop_format(crop_axes)), mask, partner,
         seed, generator, sample_offset, out, out_dtype, backend, settings,
     )  # fmt: skip
+    return Mixed(mixed, *result[:3])
 
 
 def token_mask(
@@ -468,7 +498,7 @@ def run(
     backend: str,
     settings: Settings,
     whole: bool = True,
-) -> Mixed:
+) -> tuple[Tensor, Result]:
     """Check, and call the operator that fits `out`, or the kernels at once.
 
     `places` is the evidence without its maps; `whole` False where images and targets are all that is wanted.
@@ -509,13 +539,13 @@ def run(
         result = dispatch.mix_into(
             module, images, place, labels, partner, evidence, mask, key, offset, settings, in_place, **options
         )
-        return Mixed(as_given(place, given) if out is None else out, *result[:3])
+        return as_given(place, given) if out is None else out, result
     rest = (labels, partner, *evidence, mask, key, offset, as_text(settings))
     if out is None:
         mixed, *result = dispatch.mix(images, dtype, *rest)
-        return Mixed(as_given(mixed, given), *result[:3])
+        return as_given(mixed, given), Result(*result)
     result = dispatch.mix_inplace(images, *rest) if in_place else dispatch.mix_out(images, target, *rest)
-    return Mixed(out, *result[:3])
+    return out, Result(*result)
 
 
 def is_tv_tensor(tensor: Any) -> bool:

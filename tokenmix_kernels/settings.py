@@ -62,6 +62,7 @@ class Settings(NamedTuple):
         correct_lam: CutMix weights follow the clipped area, not the drawn lam.
         label_smoothing: epsilon of the targets.
         mean, std: per-channel normalisation, or empty.
+        shares: the mask that is returned is float32, the share of each token that comes from the partner.
     """
 
     num_classes: int
@@ -79,6 +80,7 @@ class Settings(NamedTuple):
     label_smoothing: float = 0.1
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    shares: bool = False
 
 
 def as_text(settings: Settings) -> str:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from mix_helpers import random_images
 
-from tokenmix_kernels import kernels
+from tokenmix_kernels import TokenMix, kernels
 from tokenmix_kernels.attention_inputs import AttentionMix
 from tokenmix_kernels.transmix import attention_targets
 
@@ -58,3 +59,19 @@ def test_partner_and_labels_out_of_range_are_harmless(poisoned):
     expected = torch.full((3, 4), 0.05)
     expected[0, 0] += 0.8
     torch.testing.assert_close(targets, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("mask_type", ["block", "cutmix"])
+def test_the_mix_that_targets_are_made_from(mask_type, poisoned):
+    mixer = TokenMix(
+        num_classes=7, patch_size=12, mode="elem", mask_type=mask_type, lam="beta", prob=0.8, return_mix=True
+    )
+    images, labels = random_images((8, 1, 24, 36)), torch.arange(8) % 7
+    expected = mixer(images, labels, seed=3, backend="reference")[2]
+    got = mixer(images, labels, seed=3, backend="triton")[2]
+    torch.testing.assert_close(got.mask, expected.mask, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(got.lam, expected.lam, rtol=0, atol=TOLERANCE)
+    assert torch.equal(got.kind, expected.kind) and len(got.kind.unique()) == 3
+    assert mask_type == "block" or ((got.mask > 0) & (got.mask < 1)).any()
+    options = {"num_classes": 7, "smoothing": 0.1}
+    both(torch.rand(8, 6), got.mask, got.labels, got.partner, kind=got.kind, lam=got.lam, **options)

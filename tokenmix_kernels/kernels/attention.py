@@ -26,7 +26,7 @@ def pool_attention(attention, taken, area):
 
 
 @triton.jit
-def own_weight(mix, i, COUNT: tl.constexpr):
+def own_weight(mix, lam_stride, i, COUNT: tl.constexpr):
     """The weight of the own label of sample i; that of the partner's is the rest."""
     token = tl.arange(0, triton.next_power_of_2(COUNT))
     real = token < COUNT
@@ -37,7 +37,7 @@ def own_weight(mix, i, COUNT: tl.constexpr):
     ratio = tl.cast(mix.ratio, tl.float32) if mix.ratios is None else tl.load(mix.ratios + i)
     weight = area + ratio * (share - area)
     if mix.kind is not None:
-        weight = tl.where(tl.load(mix.kind + i) <= CONST.value.MIXUP, tl.load(mix.lam + i), weight)
+        weight = tl.where(tl.load(mix.kind + i) <= CONST.value.MIXUP, tl.load(mix.lam + i * lam_stride), weight)
     return weight
 
 
@@ -45,6 +45,7 @@ def own_weight(mix, i, COUNT: tl.constexpr):
 def attention_kernel(
     targets,  # [B, K] fp32
     mix,  # attention_inputs.AttentionMix
+    lam_stride,  # of mix.lam
     pairs,  # groups.Pairs
     smoothing,  # epsilon of the targets
     batch,  # B
@@ -58,7 +59,7 @@ def attention_kernel(
     label_i = tl.load(pairs.labels + i * pairs.labels_stride).to(tl.int64)
     label_j = tl.load(pairs.labels + j * pairs.labels_stride).to(tl.int64)
     keeps = 1.0 - tl.cast(smoothing, tl.float32)
-    own = own_weight(mix, i, COUNT) * keeps
+    own = own_weight(mix, lam_stride, i, COUNT) * keeps
     rest = tl.div_rn(tl.cast(smoothing, tl.float32), tl.full([], K, tl.float32))
     for start in range(0, K, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -74,6 +75,7 @@ def attention_arguments(
     arguments = {
         "targets": targets,
         "mix": mix,
+        "lam_stride": 1 if mix.lam is None else mix.lam.stride(0),
         "pairs": Pairs(labels, labels.stride(0), partner),
         "smoothing": smoothing,
         "batch": batch,

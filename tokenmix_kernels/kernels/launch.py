@@ -293,7 +293,7 @@ def mix(
     if whole:
         grid = (height // settings.patch_size, width // settings.patch_size)
         weights = torch.empty(batch, 2, dtype=torch.float32, device=device)
-        mask_out = torch.empty(batch, *grid, dtype=torch.bool, device=device)
+        mask_out = torch.empty(batch, *grid, dtype=torch.float32 if settings.shares else torch.bool, device=device)
         kind = torch.empty(batch, dtype=torch.uint8, device=device)
     results = Results(targets, weights, mask_out, kind)
     prepare(

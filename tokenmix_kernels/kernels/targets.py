@@ -82,7 +82,8 @@ def write_targets(
     taken = taken_share(drawn, TOKENS, GRID, RULE)
     token = tl.arange(0, TOKENS)
     if results.mask is not None and side == 1:
-        tl.store(results.mask + i * COUNT + token, taken > 0.5, token < COUNT)
+        SHARES: tl.constexpr = results.mask.dtype.element_ty == tl.float32
+        tl.store(results.mask + i * COUNT + token, taken if SHARES else taken > 0.5, token < COUNT)
     if results.kind is not None and side == 1:
         tl.store(results.kind + i, drawn.kind.to(tl.uint8))
     if results.weights is None and results.targets is None:
