@@ -82,7 +82,8 @@ class TokenMix(nn.Module):
         mask_type: the second branch: 'block' (several rectangles of tokens, the paper's), 'random' (single tokens) or
             'cutmix' (one rectangle of pixels, as timm draws it).
         minimum_tokens: tokens that are masked beside the (1 - lam) * G. Not given: G / 14, which is the published
-            code's 14 where the grid has 14x14 tokens.
+            code's 14 where the grid has 14x14 tokens; none of mask_type 'grid'.
+        grid_cell: side of a cell in tokens (mask_type 'grid'). MixPro's DeiT-T and DeiT-S have 4.
         lam: share kept from the own image in the second branch, or 'beta' for Beta(cutmix_alpha, cutmix_alpha).
             timm's CutMix is mask_type='cutmix', lam='beta'.
         patch_size: P, side of a token in pixels; a pair of equal sides, as timm's models have it, is taken too.
@@ -118,6 +119,7 @@ class TokenMix(nn.Module):
         *,
         mask_type: str = "block",
         minimum_tokens: int | None = None,
+        grid_cell: int = 4,
         lam: float | str = 0.5,
         patch_size: int | tuple[int, int] = 16,
         mean: Sequence[float] | None = None,
@@ -129,7 +131,7 @@ class TokenMix(nn.Module):
         super().__init__()
         self.settings = make_settings(
             num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, mode=mode, lam=lam,
-            minimum_tokens=minimum_tokens, mixup_alpha=mixup_alpha,
+            minimum_tokens=minimum_tokens, grid_cell=grid_cell, mixup_alpha=mixup_alpha,
             # timm: with minmax the rectangle's size is not a matter of lam, and the branch is always on.
             cutmix_alpha=1.0 if cutmix_minmax is not None else cutmix_alpha, prob=prob, switch_prob=switch_prob,
             minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
@@ -212,6 +214,7 @@ def tokenmix(
     patch_size: int | tuple[int, int] = 16,
     lam: float | str = 0.5,
     minimum_tokens: int | None = None,
+    grid_cell: int = 4,
     mask_type: str = "block",
     mode: str = "batch",
     label_smoothing: float = 0.1,
@@ -252,7 +255,7 @@ def tokenmix(
             source, as `transforms.Geometry.affine` has it.
         mask: [B, Gh, Gw] bool, True = from the partner; drawn if not given.
         partner: [B] int64 or int32 indices; the batch reversed if not given.
-        patch_size, lam, minimum_tokens, mask_type, mode, label_smoothing, cutmix_alpha, cutmix_minmax, correct_lam,
+        patch_size, lam, minimum_tokens, grid_cell, mask_type, mode, label_smoothing, cutmix_alpha, cutmix_minmax, correct_lam,
             mean, std, out_dtype, crop_axes: as for `TokenMix`.
         seed: key of all draws, an integer or a 0-d int64 tensor on the CPU or on the images' device. Drawn from
             torch's CPU generator, or `generator`, if not given. The same seed gives the same masks on every device.
@@ -275,7 +278,7 @@ def tokenmix(
     """
     settings = make_settings(
         num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, given=mask is not None, mode=mode, lam=lam,
-        minimum_tokens=minimum_tokens, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0, switch_prob=1.0,
+        minimum_tokens=minimum_tokens, grid_cell=grid_cell, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0, switch_prob=1.0,
         minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
     )  # fmt: skip
     mixed, result = run(
@@ -291,6 +294,7 @@ def token_mask(
     *,
     lam: float | str = 0.5,
     minimum_tokens: int | None = None,
+    grid_cell: int = 4,
     mask_type: str = "block",
     mode: str = "elem",
     cutmix_alpha: float = 1.0,
@@ -305,7 +309,7 @@ def token_mask(
     Args:
         batch: B.
         grid: (Gh, Gw), up to 64x64 tokens.
-        lam, minimum_tokens, mask_type, mode, cutmix_alpha, seed, sample_offset, backend: as for `tokenmix`. Of a
+        lam, minimum_tokens, grid_cell, mask_type, mode, cutmix_alpha, seed, sample_offset, backend: as for `tokenmix`. Of a
             CutMix rectangle, the tokens that it covers by more than half.
         patch_size: side of a token in pixels, which CutMix rectangles depend on.
         device: where the masks are wanted; the seed's if not given.
@@ -318,7 +322,7 @@ def token_mask(
     inputs.check_grid(grid_h, grid_w)
     settings = make_settings(
         num_classes=1, patch_size=patch_size, mask_type=mask_type, mode=mode, lam=lam, minimum_tokens=minimum_tokens,
-        cutmix_alpha=cutmix_alpha,
+        grid_cell=grid_cell, cutmix_alpha=cutmix_alpha,
     )  # fmt: skip
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
@@ -396,6 +400,7 @@ def make_settings(
     mode: str,
     lam: float | str,
     minimum_tokens: int | None,
+    grid_cell: int = 4,
     given: bool = False,
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 1.0,
@@ -419,6 +424,7 @@ def make_settings(
         mode=mode,
         lam=-1.0 if isinstance(lam, str) else inputs.as_number("lam", lam, 0, 1, share),
         minimum_tokens=-1 if minimum_tokens is None else inputs.as_count("minimum_tokens", minimum_tokens, 0),
+        grid_cell=inputs.as_count("grid_cell", grid_cell, 1),
         mixup_alpha=inputs.as_number("mixup_alpha", mixup_alpha, 0, 1000, alpha),
         cutmix_alpha=inputs.as_number("cutmix_alpha", cutmix_alpha, 0, 1000, alpha),
         prob=inputs.as_number("prob", prob, 0, 1, "a probability in [0, 1]"),

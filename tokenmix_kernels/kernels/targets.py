@@ -113,7 +113,7 @@ def write_targets(
         if results.weights is not None:
             tl.store(results.weights + i * 2 + n, weight)
         timm = weight * (1.0 - smoothing)
-        raised += tl.where(drawn.kind > CONST.value.MIXUP, weight - smoothing * 0.5, timm) if RULE.WHOLE_TOKENS else timm
+        raised += tl.where(drawn.kind > CONST.value.MIXUP, weight - smoothing * 0.5, timm) if RULE.AS_IN_PAPER else timm
         n += 1
     if results.targets is not None:
         rest = tl.div_rn(smoothing, tl.full([], K, tl.float32))
