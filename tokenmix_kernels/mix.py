@@ -324,6 +324,7 @@ def token_mask(
         num_classes=1, patch_size=patch_size, mask_type=mask_type, mode=mode, lam=lam, minimum_tokens=minimum_tokens,
         grid_cell=grid_cell, cutmix_alpha=cutmix_alpha,
     )  # fmt: skip
+    inputs.check_grid_cell(settings, grid_h, grid_w)
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     home = torch.device(device)

@@ -202,27 +202,33 @@ def as_words(chosen, bit, WORD: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def random_mask(key, sample, i, tokens, mask, ratio_table, GRID: tl.constexpr, WORD: tl.constexpr):
-    """The `tokens` tokens with the smallest keys: (words [4, WORDS], tokens masked).
+def smallest_keys(key, sample, number, counted, wanted, KEY_BITS: tl.constexpr):
+    """Which of the `number`s [WORDS, BITS] have the `wanted` smallest keys among those that are `counted`.
 
-    Keys are 32-bit random numbers whose low bits are the token's index, so no two are equal. The largest key that is
+    Keys are 32-bit random numbers whose low bits are the number itself, so no two are equal. The largest key that is
     taken is found bit by bit.
     """
-    WORDS: tl.constexpr = GRID.WORDS
-    KEY_BITS: tl.constexpr = bit_length(GRID.GH * GRID.GW - 1)
-    bit, token, real = token_of(GRID)
-    w0, w1, w2, w3 = philox(key, sample, token >> 2, CONST.value.KEYS)
-    which = token & 3
+    w0, w1, w2, w3 = philox(key, sample, number >> 2, CONST.value.KEYS)
+    which = number & 3
     keys = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
-    keys = ((keys >> KEY_BITS) << KEY_BITS) | token.to(tl.uint32)
+    keys = ((keys >> KEY_BITS) << KEY_BITS) | number.to(tl.uint32)
     bound = tl.zeros([], tl.uint32)
     probe = tl.full([], 0x80000000, tl.uint32)
     for _ in range(32):
         higher = bound | probe
-        below = tl.sum(tl.sum((real & (keys < higher)).to(tl.int32), 1), 0)
-        bound = tl.where(below < tokens, higher, bound)
+        below = tl.sum(tl.sum((counted & (keys < higher)).to(tl.int32), 1), 0)
+        bound = tl.where(below < wanted, higher, bound)
         probe = probe >> 1
-    return as_words(real & (keys <= bound) & (tokens > 0), bit, WORD, WORDS)
+    return (keys <= bound) & (wanted > 0)
+
+
+@triton.jit
+def random_mask(key, sample, i, tokens, mask, ratio_table, GRID: tl.constexpr, WORD: tl.constexpr):
+    """The `tokens` tokens with the smallest keys: (words [4, WORDS], tokens masked)."""
+    WORDS: tl.constexpr = GRID.WORDS
+    KEY_BITS: tl.constexpr = bit_length(GRID.GH * GRID.GW - 1)
+    bit, token, real = token_of(GRID)
+    return as_words(real & smallest_keys(key, sample, token, real, tokens, KEY_BITS), bit, WORD, WORDS)
 
 
 @triton.jit

@@ -42,8 +42,8 @@ def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw,
     which Mixup always has. A label out of range adds nothing.
     """
     classes, smoothing = settings.num_classes, settings.label_smoothing
-    papers = {rule.kind for rule in MASK_RULES.values() if rule.as_in_paper}
-    tokens = torch.tensor([kind in papers for kind in drawn.kind], device=CPU)[:, None]
+    paper = {rule.kind for rule in MASK_RULES.values() if rule.as_in_paper}
+    tokens = torch.tensor([kind in paper for kind in drawn.kind], device=CPU)[:, None]
     raised = torch.where(tokens, weights - smoothing / 2, weights * (1 - smoothing))  # [B, 2]
     pair = torch.stack([labels, labels[partner]], 1)
     known = (pair >= 0) & (pair < classes)
