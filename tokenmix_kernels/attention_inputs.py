@@ -66,7 +66,8 @@ def check_attention(mix: AttentionMix, labels: Tensor, partner: Tensor | None) -
     for name, dtype in (("kind", torch.uint8), ("lam", torch.float32), ("ratios", torch.float32)):
         given = getattr(mix, name)
         if given is not None:
-            check_tensor(name.removesuffix("s"), given, (dtype,), device, (batch,), ", one for each image", name != "lam")
+            shown = "ratio" if name == "ratios" else name
+            check_tensor(shown, given, (dtype,), device, (batch,), ", one for each image", contiguous=name != "lam")
 
 
 def check_shares(name: str, shares: Tensor) -> None:

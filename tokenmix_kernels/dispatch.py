@@ -129,9 +129,10 @@ def fake_result(images: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor, Tens
     settings = from_text(text)
     batch, _, height, width = images.shape
     patch = settings.patch_size
+    mask_dtype = torch.float32 if settings.shares else torch.bool
     return (
         images.new_empty(batch, settings.num_classes, dtype=torch.float32),
-        images.new_empty(batch, height // patch, width // patch, dtype=torch.float32 if settings.shares else torch.bool),
+        images.new_empty(batch, height // patch, width // patch, dtype=mask_dtype),
         images.new_empty(batch, 2, dtype=torch.float32),
         images.new_empty(batch, dtype=torch.uint8),
     )
