@@ -101,6 +101,7 @@ MOVES = {
     "fp32 patch 8, 384": case(torch.float32, shape=(3, 384, 384), patch_size=8),
     "fp16 random": case(mask_type="random"),
     "fp16 given": case(mask_type="given"),
+    "fp16 grid": case(mask_type="grid"),
 }
 # What else is compiled: other draws, all forms of maps, awkward shapes.
 OTHERS = {

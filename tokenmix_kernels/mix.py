@@ -77,10 +77,11 @@ class TokenMix(nn.Module):
         mode: who shares a draw: 'batch' (all), 'pair' (an image and its partner) or 'elem' (nobody).
         correct_lam: CutMix weights follow the area that the image's border leaves of the rectangle, not the drawn lam.
             Token masks always follow what was masked.
-        label_smoothing: epsilon of the targets.
+        label_smoothing: epsilon of the targets: the paper's for 'block' and 'random', else timm's.
         num_classes: K, classes of the targets.
-        mask_type: the second branch: 'block' (several rectangles of tokens, the paper's), 'random' (single tokens) or
-            'cutmix' (one rectangle of pixels, as timm draws it).
+        mask_type: the second branch: 'block' (several rectangles of tokens, the paper's), 'random' (single tokens),
+            'grid' (square cells of tokens, MixPro's MaskMix with lam='beta') or 'cutmix' (one rectangle of pixels, as
+            timm draws it).
         minimum_tokens: tokens that are masked beside the (1 - lam) * G. Not given: G / 14, which is the published
             code's 14 where the grid has 14x14 tokens; none of mask_type 'grid'.
         grid_cell: side of a cell in tokens (mask_type 'grid'). MixPro's DeiT-T and DeiT-S have 4.
@@ -237,7 +238,8 @@ def tokenmix(
     grid by the rule of torchvision's `roi_align` (aligned=False, adaptive sampling) and divided by its sum, the weights
     are w_own = sum (1 - M) A_n[own] and w_partner = sum M A_n[partner]. Own label and partner's label get
     w - eps / 2 + eps / K, every other class eps / K; equal labels add up. The weights need not add up to 1: the method
-    trains with binary cross-entropy. With mask_type 'cutmix' targets are timm's, w * (1 - eps) + eps / K.
+    trains with binary cross-entropy. With mask_type 'cutmix' or
+    'grid' targets are timm's, w * (1 - eps) + eps / K.
 
     Args:
         images: [B, C, H, W] float32, float16, bfloat16, float64 or uint8; H and W multiples of patch_size; contiguous,
@@ -255,8 +257,8 @@ def tokenmix(
             source, as `transforms.Geometry.affine` has it.
         mask: [B, Gh, Gw] bool, True = from the partner; drawn if not given.
         partner: [B] int64 or int32 indices; the batch reversed if not given.
-        patch_size, lam, minimum_tokens, grid_cell, mask_type, mode, label_smoothing, cutmix_alpha, cutmix_minmax, correct_lam,
-            mean, std, out_dtype, crop_axes: as for `TokenMix`.
+        patch_size, lam, minimum_tokens, grid_cell, mask_type, mode, label_smoothing, cutmix_alpha, cutmix_minmax,
+            correct_lam, mean, std, out_dtype, crop_axes: as for `TokenMix`.
         seed: key of all draws, an integer or a 0-d int64 tensor on the CPU or on the images' device. Drawn from
             torch's CPU generator, or `generator`, if not given. The same seed gives the same masks on every device.
         generator: where a seed that is not given comes from. In a worker of a DataLoader, where all workers have a copy
@@ -278,8 +280,8 @@ def tokenmix(
     """
     settings = make_settings(
         num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, given=mask is not None, mode=mode, lam=lam,
-        minimum_tokens=minimum_tokens, grid_cell=grid_cell, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0, switch_prob=1.0,
-        minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
+        minimum_tokens=minimum_tokens, grid_cell=grid_cell, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0,
+        switch_prob=1.0, minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
     )  # fmt: skip
     mixed, result = run(
         images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, crop_format(crop_axes)), mask, partner,
@@ -309,8 +311,8 @@ def token_mask(
     Args:
         batch: B.
         grid: (Gh, Gw), up to 64x64 tokens.
-        lam, minimum_tokens, grid_cell, mask_type, mode, cutmix_alpha, seed, sample_offset, backend: as for `tokenmix`. Of a
-            CutMix rectangle, the tokens that it covers by more than half.
+        lam, minimum_tokens, grid_cell, mask_type, mode, cutmix_alpha, seed, sample_offset, backend: as for `tokenmix`.
+            Of a CutMix rectangle, the tokens that it covers by more than half.
         patch_size: side of a token in pixels, which CutMix rectangles depend on.
         device: where the masks are wanted; the seed's if not given.
 

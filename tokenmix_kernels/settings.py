@@ -42,6 +42,7 @@ MASK_RULES = {
     "random": MaskRule(3),
     "cutmix": MaskRule(4, whole_tokens=False, as_in_paper=False),
     "given": MaskRule(5, drawn=False),
+    "grid": MaskRule(6, as_in_paper=False),
 }
 GIVEN = MASK_RULES["given"].kind
 

@@ -240,6 +240,26 @@ def given_mask(key, sample, i, tokens, mask, ratio_table, GRID: tl.constexpr, WO
 
 
 @triton.jit
+def grid_mask(key, sample, i, tokens, mask, ratio_table, GRID: tl.constexpr, WORD: tl.constexpr):
+    """Random cells of CELL x CELL tokens, as many as the share of `tokens` stands for: (words, tokens masked).
+
+    Each token finds its cell's key, drawn as in `random_mask`; the first token of each cell stands for it in the count.
+    """
+    WORDS: tl.constexpr = GRID.WORDS
+    CELL: tl.constexpr = GRID.CELL
+    COLUMNS: tl.constexpr = (GRID.GW + CELL - 1) // CELL
+    CELLS: tl.constexpr = (GRID.GH + CELL - 1) // CELL * COLUMNS
+    KEY_BITS: tl.constexpr = bit_length(CELLS - 1)
+    bit, token, real = token_of(GRID)
+    row, column = token // GRID.GW, token % GRID.GW
+    cell = row // CELL * COLUMNS + column // CELL
+    first = real & (row % CELL == 0) & (column % CELL == 0)
+    wanted = tl.where(tokens > 0, ((tokens + 1) * CELLS - 1) // (GRID.GH * GRID.GW), 0)
+    chosen = smallest_keys(key, sample, cell, first, wanted, KEY_BITS)
+    return as_words(real & chosen, bit, WORD, WORDS)
+
+
+@triton.jit
 def cut_length(lam, SIZE: tl.constexpr):
     """The integer part of SIZE * sqrt(1 - lam), exactly: a float guess, corrected by whole numbers."""
     wanted = (65536 - lam).to(tl.int64) * (SIZE * SIZE)

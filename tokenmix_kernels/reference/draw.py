@@ -162,6 +162,20 @@ def random_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, 
     return keys.argsort(1).argsort(1) < torch.tensor(tokens, dtype=torch.int64, device=CPU)[:, None]
 
 
+def grid_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, int], cell: int) -> Tensor:
+    """Random cells of cell x cell tokens, [U, G] bool: as many as the share of `tokens` [U] stands for.
+
+    The cells at the lower and right edges are smaller where the cell does not divide the grid.
+    """
+    rows, columns = (-(-side // cell) for side in grid)
+    count, cells = grid[0] * grid[1], rows * columns
+    # Rounded down; not twice, since the tokens were rounded down before.
+    wanted = [((number + 1) * cells - 1) // count if number else 0 for number in tokens]
+    chosen = random_mask(seed, samples, wanted, (rows, columns), 1).view(-1, rows, columns)
+    chosen = chosen.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+    return chosen[:, : grid[0], : grid[1]].flatten(1)
+
+
 TOKEN_RULES: dict[str, Callable[[int, Tensor, list[int], tuple[int, int], int], Tensor]] = {
     name: globals()[f"{name}_mask"] for name, rule in MASK_RULES.items() if rule.whole_tokens and rule.drawn
 }
