@@ -29,7 +29,6 @@ from train.loop import mixing_seed, train
 from train.picture import token_evidence
 from train.profile_mixers import PublishedWay, profile_mixers
 from train.run import build
-from train.study import extreme_tokens, replace_tokens
 from train.teacher import make_evidence, probe
 
 
@@ -252,8 +251,8 @@ def test_recipes_hold_deits_numbers() -> None:
         assert (args.epochs, args.opt, args.weight_decay, args.warmup_epochs) == (300, "adamw", 0.05, 5)
         assert (args.smoothing, args.drop_path, args.aa, args.reprob) == (0.1, 0.1, "rand-m9-mstd0.5-inc1", 0.25)
         assert (args.mixup, args.cutmix, args.repeated_aug, args.model_ema_decay) == (0.8, 1.0, True, 0.99996)
-        # TokenMix: block masks, 14 tokens beside half of them, binary cross entropy.
-        assert (args.mixer, args.mask_type, args.minimum_tokens, args.bce_loss) == ("tokenmix", "block", 14, True)
+        # TokenMix: block masks, 14 tokens beside half of them (the default where the grid is 14x14), binary cross entropy.
+        assert (args.mixer, args.mask_type, args.minimum_tokens, args.bce_loss) == ("tokenmix", "block", None, True)
     assert parse(["--recipe", "deit_s", "--epochs", "7"]).epochs == 7
     with pytest.raises(ValueError, match="--recipe must be one of"):
         load_recipe("deit_xxl")
@@ -341,18 +340,6 @@ def test_profile_writes_all_mixers(tmp_path: Path) -> None:
     for row in profile["mixers"].values():
         assert 0 < row["mixing_ms"] < row["step_ms"]
     assert (tmp_path / "mixers.png").is_file()
-
-
-def test_study_pastes_over_the_evidence() -> None:
-    evidence = torch.rand(5, 3, 4, generator=torch.Generator().manual_seed(0))
-    most, least = extreme_tokens(evidence, 4, True), extreme_tokens(evidence, 4, False)
-    assert most.flatten(1).sum(1).tolist() == [4] * 5 and not (most & least).any()
-    for i in range(5):
-        assert evidence[i][most[i]].min() >= evidence[i][~most[i]].max()
-        assert evidence[i][least[i]].max() <= evidence[i][~least[i]].min()
-    images, others = torch.zeros(5, 3, 6, 8), torch.ones(5, 3, 6, 8)
-    replaced = replace_tokens(images, others, most)
-    assert torch.equal(replaced[:, 0, 1::2, 1::2].bool(), most) and replaced.sum() == 5 * 4 * 4 * 3
 
 
 @pytest.mark.skipif(find_spec("elpv_dataset") is None, reason="elpv-dataset is not installed (extra demo)")

@@ -149,7 +149,9 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("mixing")
     group.add_argument("--mixer", choices=["tokenmix", "cutmix", "mixup", "none"], default="tokenmix")
     group.add_argument("--mask-type", choices=["block", "random"], default="block", help="of tokenmix")
-    group.add_argument("--minimum-tokens", type=int, default=14, help="added to the masked tokens (14 of 14x14)")
+    group.add_argument(
+        "--minimum-tokens", type=int, help="tokens masked beside half of them; default: a 14th of them, so 14 of 14x14"
+    )
     group.add_argument(
         "--mixup",
         type=float,

@@ -11,7 +11,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tokenmix_kernels import tokenmix
+from tokenmix_kernels import TopKMaps, tokenmix
+from tokenmix_kernels.inputs import Evidence
 from tokenmix_kernels.reference import pool_tokens
 
 from .data import to_device
@@ -143,9 +144,10 @@ def token_evidence(places: dict[str, Any], labels: Tensor, grid: tuple[int, int]
     """The maps on the token grid as the targets see them, each summing to 1, [B, Gh, Gw] on the CPU."""
     if not places:
         return torch.full((len(labels), *grid), 1 / (grid[0] * grid[1]))
-    arguments: dict[str, Any] = {"indices": None, "boxes": None, **places}
-    pooled = pool_tokens(labels=labels.cpu(), grid=grid, **arguments)
-    return pooled / (pooled.sum((1, 2), keepdim=True) + 1e-8)
+    maps = places["maps"]
+    values, indices = maps if isinstance(maps, TopKMaps) else (maps, None)
+    pooled = pool_tokens(Evidence(**{**places, "maps": values, "indices": indices}), labels.cpu(), grid)
+    return (pooled / (pooled.sum((1, 2), keepdim=True) + 1e-8)).float()
 
 
 def to_pixels(images: Tensor) -> np.ndarray[Any, Any]:

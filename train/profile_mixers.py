@@ -112,13 +112,16 @@ def make_mixers(args: argparse.Namespace, labels: Tensor, num_classes: int, patc
     others = (labels[:, None] + torch.arange(1, 5, device=device)) % num_classes
     indices = torch.cat([labels[:, None], others], 1)[:, :, None, None].expand(values.shape).contiguous()
     cutmix = Mixup(mixup_alpha=0.0, cutmix_alpha=1.0, label_smoothing=args.smoothing, num_classes=num_classes)
-    published = PublishedWay(values, indices, num_classes, patch_size, args.minimum_tokens)
+    minimum_tokens = args.minimum_tokens
+    if minimum_tokens is None:
+        minimum_tokens = ((args.input_size // patch_size) ** 2 + 7) // 14
+    published = PublishedWay(values, indices, num_classes, patch_size, minimum_tokens)
     ours = TokenMix(
         mixup_alpha=0.0,
         label_smoothing=args.smoothing,
         num_classes=num_classes,
         patch_size=patch_size,
-        minimum_tokens=args.minimum_tokens,
+        minimum_tokens=minimum_tokens,
         mode="elem",
         mean=[255 * value for value in IMAGENET_DEFAULT_MEAN],
         std=[255 * value for value in IMAGENET_DEFAULT_STD],
