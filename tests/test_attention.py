@@ -148,10 +148,13 @@ def test_gradients_are_the_same_with_and_without_capture(checkpointing):
     got = gradients(model, images)
     assert len(got) == len(list(model.parameters()))
     assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
-    model.set_grad_checkpointing(False)
-    torch.testing.assert_close(evidence.take().double(), expected_attention(model, images, 1), rtol=2e-4, atol=1e-6)
+    loss = model(images).sum()
+    attention = evidence.take()
+    loss.backward()
     with pytest.raises(RuntimeError, match=r"take\(\) needs a forward pass"):
-        evidence.take()
+        evidence.take()  # the recomputation of checkpointed blocks is none
+    model.set_grad_checkpointing(False)
+    torch.testing.assert_close(attention.double(), expected_attention(model, images, 1), rtol=2e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +170,21 @@ def test_compiled_whole(name, backend):
         step(images).sum().backward()
         expected = expected_attention(model, images, 1)
         torch.testing.assert_close(evidence.take().double(), expected, rtol=2e-4, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"), reason="a setting of torch"
+)
+def test_compiled_whole_with_checkpointing():
+    torch._dynamo.reset()
+    model, images = make("vit_tiny_patch16_224").train(), torch.randn(2, 3, 64, 64)
+    expected = expected_attention(model, images, 1)
+    model.set_grad_checkpointing()
+    evidence = ClassAttention(model)
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(images).sum().backward()
+    torch.testing.assert_close(evidence.take().double(), expected, rtol=2e-4, atol=1e-6)
     torch._dynamo.reset()
 
 

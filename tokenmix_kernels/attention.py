@@ -45,9 +45,10 @@ class ClassAttention:
     of the model are the same with and without it. It works in train and eval mode, under autocast, with
     activation checkpointing (the recomputation in the backward pass captures nothing), in a model that is
     wrapped by DDP or sharded by FSDP2, and under ``torch.compile(model, fullgraph=True)`` when it is made
-    before the first call. With ``torch.compile`` and activation checkpointing together, fullgraph is not
-    possible: a checkpointed region may have no side effects. A deep copy of the model, such as an EMA,
-    captures nothing.
+    before the first call. ``torch.compile`` and activation checkpointing together need either
+    ``fullgraph=False`` (the checkpointed blocks then run as they do without the compiler) or
+    ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``. A deep copy of the model,
+    such as an EMA, captures nothing.
 
     Args:
         model: a timm ViT, DeiT (distilled or not), BEiT, EVA or relative-position ViT, or a DDP or compiled
