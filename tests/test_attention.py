@@ -157,14 +157,12 @@ def test_gradients_are_the_same_with_and_without_capture(checkpointing):
     torch.testing.assert_close(attention.double(), expected_attention(model, images, 1), rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"), [("vit_tiny_patch16_224", "aot_eager"), ("eva02_tiny_patch14_224", "eager")]
-)
-def test_compiled_whole(name, backend):
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_compiled_whole(name):
     torch._dynamo.reset()
     model = make(name, {"patch_size": 16}).train()
     evidence = ClassAttention(model, query="class")
-    step = torch.compile(model, fullgraph=True, backend=backend)
+    step = torch.compile(model, fullgraph=True, backend="eager")
     for seed in (0, 1):
         images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
         step(images).sum().backward()

@@ -21,7 +21,7 @@ def cells_of(mask, cell):
 
 
 @pytest.mark.parametrize("grid, cell", [((14, 14), 2), ((14, 14), 4), ((16, 16), 4), ((5, 9), 2), ((3, 7), 1)])
-@pytest.mark.parametrize("lam", [0.5, 0.25, 0.9])
+@pytest.mark.parametrize("lam", [0.5, 0.25, 0.9375])
 def test_cells_are_taken_with_the_share_and_without_a_pattern(grid, cell, lam):
     count = 4000
     cells = cells_of(token_mask(count, grid, lam=lam, mask_type="grid", grid_cell=cell, seed=1), cell)
