@@ -10,7 +10,8 @@ __all__ = ["accuracy_plot", "occlusion_plot"]
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; the baseline is black.
 COLOURS = ("#000000", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DODGE = 1.06  # factor between neighbouring mixers' places on the axis of epochs, so that ranges do not overlap
+DODGE = 1.075  # factor between neighbouring mixers' places on the axis of epochs, so that ranges do not overlap
+SHIFT = 0.9  # of neighbouring mixers on the axis of blanked tokens, in percent
 
 
 def style(summary: dict[str, Any], mixer: str) -> dict[str, Any]:
@@ -101,15 +102,20 @@ def occlusion_plot(summary: dict[str, Any], path: Path) -> None:
         axes[0, column].set_title(f"{title.splitlines()[0]}, {longest['epochs']} epochs", fontsize=10)
         axes[1, column].set_xlabel("blanked tokens, %")
         for row, order in enumerate(("random", "evidence")):
+            ax = axes[row, column]
+            ax.axhline(summary["largest_class"], color="#888888", linestyle=":", linewidth=1.2, zorder=1)
             for mixer, figures in longest["mixers"].items():
-                shares = [100 * share for share in figures["occlusion"]["shares"]]
+                shift = SHIFT * (summary["mixers"].index(mixer) - (len(summary["mixers"]) - 1) / 2)
+                shares = [100 * share + shift for share in figures["occlusion"]["shares"]]
                 tops = list(zip(*figures["occlusion"][order], strict=True))  # [shares][seeds]
                 look = style(summary, mixer)
-                ax = axes[row, column]
-                ax.plot(shares, [sum(top) / len(top) for top in tops], markersize=4, linewidth=1.4, **look)
-                ax.fill_between(shares, [*map(min, tops)], [*map(max, tops)], color=look["color"], alpha=0.1, lw=0)
+                ax.plot(shares, [sum(top) / len(top) for top in tops], markersize=4, linewidth=1.2, **look)
+                ax.vlines(shares, [*map(min, tops)], [*map(max, tops)], color=look["color"], linewidth=1)
+            ax.set_xticks(range(0, 101, 20))
     axes[0, 0].set_ylabel("random tokens\ntest top-1, %")
     axes[1, 0].set_ylabel("most evidence first\ntest top-1, %")
     legend(summary, pyplot, figure)
+    note = "mean of the seeds, with a line from the lowest to the highest; dotted: always guessing the largest class"
+    figure.supxlabel(note, fontsize=8, color="#555555")
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,6 +152,7 @@ def summarise(plan: Plan, results: Path) -> dict[str, Any]:
         "model": {key: first["args"][key] for key in ("model", "model_kwargs", "input_size")},
         "loss": "binary cross-entropy" if first["args"]["bce_loss"] else "cross-entropy",
         "images": {key: first["images"][key] for key in ("held_out", "test")},
+        "largest_class": 100 * max(Counter(first["test_labels"]).values()) / len(first["test_labels"]),
         "runs": {"planned": len(plan.specs), "finished": len(done)},
         "seconds": round(sum(run["seconds"] for run in done.values())),
         "baseline": baseline,
