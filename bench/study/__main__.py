@@ -46,8 +46,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = parse()
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes that were started end too
     try:
         if args.from_summary:

@@ -130,7 +130,7 @@ def top1_sentences(summary: dict[str, Any], pairs: Differences) -> Iterator[str]
     )
     sure = [pair[2]["top1"]["interval"] for pair in pairs if pair[2]["top1"]["interval"]]
     over_seeds = (
-        f"In the {len(sure)} comparisons with two seeds or more, the 95 % interval over seeds is above zero in "
+        f"Comparisons with two seeds or more: {len(sure)}; their 95 % interval over seeds is above zero in "
         f"{sum(low > 0 for low, _ in sure)} and below zero in {sum(high < 0 for _, high in sure)}"
         if sure
         else "No comparison has two seeds yet, so nothing is known about how far seeds differ"
