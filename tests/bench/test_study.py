@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from train_helpers import make_folder, tiny
 
 from bench.study import runner, worker
 from bench.study.__main__ import main
@@ -19,7 +20,6 @@ from bench.study.measure import evidence_first, replace_tokens, scores
 from bench.study.plan import Plan, Spec, load_plan
 from bench.study.report import page, write_report
 from bench.study.summary import interval, load_summary, summarise
-from tests.train_helpers import make_folder, tiny
 from train import checkpoint, loop
 
 ROOT = Path(__file__).parents[2]
