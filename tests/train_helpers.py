@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tokenmix_kernels.bank import MapBankWriter
 from tokenmix_kernels.maps import folder_digest
+from tokenmix_kernels.maps.bank import MapBankWriter
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
