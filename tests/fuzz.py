@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # of this process, before Triton is imported
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import torch
 from torch import Tensor

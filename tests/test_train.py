@@ -18,7 +18,6 @@ import pytest
 import timm
 import torch
 from torchvision.datasets import ImageFolder
-from train.study import extreme_tokens, replace_tokens
 from train_helpers import family, finish, make_bank, make_folder, start, tiny
 
 from tokenmix_kernels import TopKMaps, tokenmix
@@ -252,7 +251,7 @@ def test_recipes_hold_deits_numbers() -> None:
         assert (args.epochs, args.opt, args.weight_decay, args.warmup_epochs) == (300, "adamw", 0.05, 5)
         assert (args.smoothing, args.drop_path, args.aa, args.reprob) == (0.1, 0.1, "rand-m9-mstd0.5-inc1", 0.25)
         assert (args.mixup, args.cutmix, args.repeated_aug, args.model_ema_decay) == (0.8, 1.0, True, 0.99996)
-        # TokenMix: block masks, 14 tokens beside half of them (the default where the grid is 14x14), binary cross entropy.
+        # TokenMix: block masks, 14 tokens beside half of them (the default of 14x14), binary cross entropy.
         assert (args.mixer, args.mask_type, args.minimum_tokens, args.bce_loss) == ("tokenmix", "block", None, True)
     assert parse(["--recipe", "deit_s", "--epochs", "7"]).epochs == 7
     with pytest.raises(ValueError, match="--recipe must be one of"):
