@@ -166,9 +166,7 @@ def test_weights_that_cannot_be_downloaded_are_a_sentence_at_once(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", offline)
     monkeypatch.setattr(timm, "create_model", create)
     monkeypatch.setattr("tokenmix_kernels.maps.weights.getproxies", dict)
-    with pytest.raises(
-        ValueError, match=r"weights of resnet50 .*cannot be reached \(Name or service.* give a"
-    ):
+    with pytest.raises(ValueError, match=r"weights of resnet50 .*cannot be reached \(Name or service.* give a"):
         load_teacher("resnet50")
     with pytest.raises(ValueError, match="timm has no pretrained weights of resnet200"):
         load_teacher("resnet200")
