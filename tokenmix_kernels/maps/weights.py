@@ -160,8 +160,8 @@ def load_teacher(
         ImportError: timm is missing; the message says how to install it.
     """
     timm = require("timm")
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), 3)
+    if not isinstance(name, str) or not timm.is_model(name):
+        close = difflib.get_close_matches(str(name), timm.list_models(), 3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"timm knows no model {name!r}{hint}")
     options = {} if num_classes is None else {"num_classes": as_count("num_classes", num_classes, 1)}
