@@ -281,7 +281,8 @@ def tokenmix(
     settings = make_settings(
         num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, given=mask is not None, mode=mode, lam=lam,
         minimum_tokens=minimum_tokens, grid_cell=grid_cell, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0,
-        switch_prob=1.0, minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
+        switch_prob=1.0, minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean,
+        std=std,
     )  # fmt: skip
     mixed, result = run(
         images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, crop_format(crop_axes)), mask, partner,
