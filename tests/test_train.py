@@ -18,7 +18,6 @@ import pytest
 import timm
 import torch
 from torchvision.datasets import ImageFolder
-from train.study import extreme_tokens, replace_tokens
 from train_helpers import family, finish, make_bank, make_folder, start, tiny
 
 from tokenmix_kernels import TopKMaps, tokenmix
