@@ -1,11 +1,12 @@
 """Arguments of the trainer: DeiT's flag names, and recipes that set their defaults."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from . import checkpoint
 
 RECIPES = Path(__file__).parent / "recipes"
 DATA = ("elpv", "imagefolder", "cifar10", "cifar100")
@@ -23,6 +24,17 @@ def data_name(name: str) -> str:
     if name in DATA or (name.startswith("timm:") and (f"{reader.lower()}/NAME" if slash else reader) in known):
         return name
     raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(DATA)}, timm:{', timm:'.join(TIMM_DATA)}")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object, for flags that take one."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is not JSON, as {{"depth": 6}}: {error}') from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'must be a JSON object, as {{"depth": 6}}, got {text!r}')
+    return value
 
 
 def recipe_names() -> list[str]:
@@ -61,7 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="start from the weights of this checkpoint or .safetensors file (DeiT's --finetune)",
     )
-    group.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    group.add_argument(
+        "--eval",
+        action="store_true",
+        help="only evaluate the weights of --resume, a checkpoint (whose model and data it takes where no flag says "
+        "otherwise) or a .safetensors file",
+    )
     group.add_argument("--replay", metavar="FILE", help="run the step of a saved nonfinite-*.pt file again")
     group.add_argument(
         "--profile-mixers",
@@ -93,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--model", default="deit_small_patch16_224", help="name of a timm model")
     group.add_argument(
         "--model-kwargs",
-        type=json.loads,
+        type=json_object,
         default={},
         metavar="JSON",
         help='more arguments for timm.create_model, as {"depth": 6}',
@@ -164,6 +181,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--mixup-prob", type=float, default=1.0, help="probability of mixing at all")
     group.add_argument("--mixup-switch-prob", type=float, default=0.5, help="of tokens rather than mixup")
     group.add_argument("--mixup-mode", choices=["batch", "pair", "elem"], default="batch")
+    group.add_argument(
+        "--mixup-off-epoch",
+        type=int,
+        default=0,
+        metavar="EPOCH",
+        help="from this epoch on (counted from 0) images are not mixed, labels smoothed only; 0: mix to the end",
+    )
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
 
     group = parser.add_argument_group("activation maps (what tells tokenmix where the evidence is)")
@@ -221,10 +245,15 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--val-num-samples", type=int, default=None, help="the same of the validation split")
     group.add_argument(
         "--data-kwargs",
-        type=json.loads,
+        type=json_object,
         default={},
         metavar="JSON",
         help='more arguments for timm.data.create_dataset, as {"input_key": "img"} or {"download": true}',
+    )
+    group.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be read and count them at the end (default: stop and name the file)",
     )
     group.add_argument(
         "--holdout",
@@ -275,6 +304,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments from the command line over those of the recipe over the defaults."""
     parser = build_parser()
     recipe_name = parser.parse_known_args(argv)[0].recipe
+    recipe: dict[str, object] = {}
     if recipe_name:
         try:
             recipe = load_recipe(recipe_name)
@@ -283,7 +313,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         unknown = set(recipe) - set(vars(parser.parse_args([])))
         if unknown:
             parser.error(f"recipe {recipe_name} sets unknown flags: {', '.join(sorted(unknown))}")
-        parser.set_defaults(**recipe)
+    first = parser.parse_known_args(argv)[0]
+    if first.eval and first.resume:
+        parser.set_defaults(**checkpoint_flags(parser, first, recipe))
+    parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     if args.output is None:
         args.output = f"runs/{Path(args.recipe).stem if args.recipe else args.model}"
@@ -295,3 +328,76 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
+
+
+# Not taken from a checkpoint: what this call does, where it writes, and on what.
+OWN = ("recipe", "output", "resume", "eval", "replay", "profile_mixers", "device", "threads", "amp", "init_from",
+       "cache", "compile", "tensorboard", "traceback", "picture", "save_every", "keep_best")  # fmt: skip
+
+
+def checkpoint_flags(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, recipe: dict[str, object]
+) -> dict[str, Any]:
+    """The flags that the checkpoint of --eval was trained with; none where it does not say."""
+    output = (
+        args.output or str(recipe.get("output", "")) or f"runs/{Path(args.recipe).stem if args.recipe else args.model}"
+    )
+    path = Path(output) / "last.pt" if args.resume == "auto" else Path(args.resume)
+    if path.suffix == ".safetensors":
+        return {}
+    try:
+        saved = checkpoint.load(path).get("args", {})
+    except (ValueError, OSError):
+        return {}  # what it is not, evaluation says
+    return typed(parser, saved, OWN)
+
+
+def typed(parser: argparse.ArgumentParser, saved: dict[str, Any], without: Sequence[str]) -> dict[str, Any]:
+    """The arguments in a file that are flags of this trainer, taken as the command line would take them.
+
+    Raises:
+        ValueError: one of them has a value that the flag does not take.
+    """
+    found: dict[str, Any] = {}
+    for action in parser._actions:
+        name = action.dest
+        if name not in saved or name in without or name == "help":
+            continue
+        value = saved[name]
+        kinds = {int: (int,), float: (int, float), json_object: (dict,)}.get(
+            action.type,
+            (bool,) if action.nargs == 0 else (str,),  # type: ignore[arg-type]
+        )
+        values = value if action.nargs == 2 and isinstance(value, list) else [value]
+        right = all(type(item) in kinds for item in values) and (not action.choices or value in action.choices)
+        if value is not None and not right:
+            raise ValueError(
+                f"the file's value of --{name.replace('_', '-')} is not one that the flag takes: {value!r}"
+            )
+        if value is not None and action.type is data_name:
+            data_name(value)
+        found[name] = value
+    return found
+
+
+def replay_args(args: argparse.Namespace, saved: dict[str, Any]) -> argparse.Namespace:
+    """Arguments of the run that a nonfinite-*.pt file holds, checked like a command line.
+
+    Where it writes and on what it runs is for this call to say; nothing is downloaded or loaded because the file says so.
+
+    Raises:
+        ValueError: the file holds values that the flags do not take.
+    """
+    parser = build_parser()
+    found = typed(parser, saved, OWN)
+    if found.get("data_kwargs") or any(key.startswith("pretrained") for key in found.get("model_kwargs") or {}):
+        raise ValueError(
+            "--replay: the file asks for --data-kwargs or pretrained weights in --model-kwargs, which could load "
+            "anything: repeat the run itself with --log-every 1 instead"
+        )
+    if args.data_path is not None:
+        found["data_path"] = args.data_path
+    amp = saved.get("amp")
+    return argparse.Namespace(
+        **{**vars(args), **found, "amp": amp if isinstance(amp, bool) else None, "compile": False}
+    )

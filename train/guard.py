@@ -1,19 +1,17 @@
 """What happens when a loss is not finite: stop, keep what is needed to repeat the step, and repeat it."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .config import replay_args
 from .data import to_device
-
-if TYPE_CHECKING:
-    from .run import Run
+from .run import Run, build
+from .step import forward, set_mixing
 
 
 class NonFiniteLoss(RuntimeError):
@@ -37,11 +35,9 @@ def stop_at(run: Run, trace: list[dict[str, Any]], update: int) -> NoReturn:
 def replay(args: argparse.Namespace) -> None:
     """Repeat the steps of a nonfinite-*.pt file and print where the first value that is not finite appears."""
     state = checkpoint.load(args.replay)
-    saved = argparse.Namespace(**{**vars(args), **state["args"], "device": args.device, "output": args.output})
-    saved.compile = False
-    from .loop import forward  # the loop itself imports this file
-    from .run import build
-
+    if not isinstance(state.get("steps"), list) or not isinstance(state.get("args"), dict):
+        raise ValueError(f"--replay must be a nonfinite-*.pt file, got {args.replay}: it holds no steps")
+    saved = replay_args(args, state["args"])
     run = build(saved)
     run.model.load_state_dict(state["model"])
     run.net.train()
@@ -63,6 +59,7 @@ def replay(args: argparse.Namespace) -> None:
             batch = to_device(batch, run.device, saved.channels_last)
             checkpoint.set_rng_state(entry["rng"], run.device)
             first.clear()
+            set_mixing(run, entry["epoch"])
             loss = forward(run, batch, entry["seed"], rank=rank)
             loss.backward()
             gradients = [
