@@ -4,37 +4,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from . import checkpoint
+from .values import DATA, TIMM_DATA, checkpoint_flags, data_name, json_object
 
 RECIPES = Path(__file__).parent / "recipes"
-DATA = ("elpv", "imagefolder", "cifar10", "cifar100")
-TIMM_DATA = ("folder", "tar", "torch/NAME", "hfds/NAME", "hfids/NAME", "tfds/NAME", "wds/NAME")
-
-
-def data_name(name: str) -> str:
-    """--data as it is, if it names one of our data sets or, after "timm:", one of timm's readers.
-
-    Raises:
-        argparse.ArgumentTypeError: it names neither; timm itself would take what it does not know for a folder.
-    """
-    known = set(TIMM_DATA) | {""}
-    reader, slash, _ = name.removeprefix("timm:").partition("/")
-    if name in DATA or (name.startswith("timm:") and (f"{reader.lower()}/NAME" if slash else reader) in known):
-        return name
-    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(DATA)}, timm:{', timm:'.join(TIMM_DATA)}")
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """A JSON object, for flags that take one."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f'{text!r} is not JSON, as {{"depth": 6}}: {error}') from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'must be a JSON object, as {{"depth": 6}}, got {text!r}')
-    return value
 
 
 def recipe_names() -> list[str]:
@@ -300,6 +273,11 @@ def load_recipe(name: str) -> dict[str, object]:
     return {key.replace("-", "_"): value for key, value in recipe.items() if not key.startswith("_")}
 
 
+def default_output(args: argparse.Namespace) -> str:
+    """Where a run is written that does not say."""
+    return f"runs/{Path(args.recipe).stem if args.recipe else args.model}"
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments from the command line over those of the recipe over the defaults."""
     parser = build_parser()
@@ -315,89 +293,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"recipe {recipe_name} sets unknown flags: {', '.join(sorted(unknown))}")
     first = parser.parse_known_args(argv)[0]
     if first.eval and first.resume:
-        parser.set_defaults(**checkpoint_flags(parser, first, recipe))
+        output = first.output or recipe.get("output") or default_output(first)
+        path = Path(f"{output}/last.pt" if first.resume == "auto" else first.resume)
+        parser.set_defaults(**checkpoint_flags(parser, path))
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     if args.output is None:
-        args.output = f"runs/{Path(args.recipe).stem if args.recipe else args.model}"
+        args.output = default_output(args)
     if args.cache is None:
         args.cache = "runs/cache"
     if args.eval and not args.resume:
         parser.error("--eval needs the checkpoint to evaluate: --resume FILE")
     for name in ("batch_size", "accumulate", "epochs", "log_every", "eval_every"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("mixup_off_epoch", "save_every", "max_steps", "num_workers", "threads"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
     return args
-
-
-# Not taken from a checkpoint: what this call does, where it writes, and on what.
-OWN = ("recipe", "output", "resume", "eval", "replay", "profile_mixers", "device", "threads", "amp", "init_from",
-       "cache", "compile", "tensorboard", "traceback", "picture", "save_every", "keep_best")  # fmt: skip
-
-
-def checkpoint_flags(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, recipe: dict[str, object]
-) -> dict[str, Any]:
-    """The flags that the checkpoint of --eval was trained with; none where it does not say."""
-    output = (
-        args.output or str(recipe.get("output", "")) or f"runs/{Path(args.recipe).stem if args.recipe else args.model}"
-    )
-    path = Path(output) / "last.pt" if args.resume == "auto" else Path(args.resume)
-    if path.suffix == ".safetensors":
-        return {}
-    try:
-        saved = checkpoint.load(path).get("args", {})
-    except (ValueError, OSError):
-        return {}  # what it is not, evaluation says
-    return typed(parser, saved, OWN)
-
-
-def typed(parser: argparse.ArgumentParser, saved: dict[str, Any], without: Sequence[str]) -> dict[str, Any]:
-    """The arguments in a file that are flags of this trainer, taken as the command line would take them.
-
-    Raises:
-        ValueError: one of them has a value that the flag does not take.
-    """
-    found: dict[str, Any] = {}
-    for action in parser._actions:
-        name = action.dest
-        if name not in saved or name in without or name == "help":
-            continue
-        value = saved[name]
-        kinds = {int: (int,), float: (int, float), json_object: (dict,)}.get(
-            action.type,
-            (bool,) if action.nargs == 0 else (str,),  # type: ignore[arg-type]
-        )
-        values = value if action.nargs == 2 and isinstance(value, list) else [value]
-        right = all(type(item) in kinds for item in values) and (not action.choices or value in action.choices)
-        if value is not None and not right:
-            raise ValueError(
-                f"the file's value of --{name.replace('_', '-')} is not one that the flag takes: {value!r}"
-            )
-        if value is not None and action.type is data_name:
-            data_name(value)
-        found[name] = value
-    return found
-
-
-def replay_args(args: argparse.Namespace, saved: dict[str, Any]) -> argparse.Namespace:
-    """Arguments of the run that a nonfinite-*.pt file holds, checked like a command line.
-
-    Where it writes and on what it runs is for this call to say; nothing is downloaded or loaded because the file says so.
-
-    Raises:
-        ValueError: the file holds values that the flags do not take.
-    """
-    parser = build_parser()
-    found = typed(parser, saved, OWN)
-    if found.get("data_kwargs") or any(key.startswith("pretrained") for key in found.get("model_kwargs") or {}):
-        raise ValueError(
-            "--replay: the file asks for --data-kwargs or pretrained weights in --model-kwargs, which could load "
-            "anything: repeat the run itself with --log-every 1 instead"
-        )
-    if args.data_path is not None:
-        found["data_path"] = args.data_path
-    amp = saved.get("amp")
-    return argparse.Namespace(
-        **{**vars(args), **found, "amp": amp if isinstance(amp, bool) else None, "compile": False}
-    )

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
 from torchvision import datasets
 
-from tokenmix_kernels.maps.bank import dataset_digest
 from tokenmix_kernels.maps import folder_digest
+from tokenmix_kernels.maps.bank import dataset_digest
 from tokenmix_kernels.transforms import EvalTransform, TrackedTransform
 
 

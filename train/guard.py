@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import replay_args
+from .config import build_parser
 from .data import to_device
 from .run import Run, build
 from .step import forward, set_mixing
+from .values import OWN, typed
 
 
 class NonFiniteLoss(RuntimeError):
@@ -29,6 +30,29 @@ def stop_at(run: Run, trace: list[dict[str, Any]], update: int) -> NoReturn:
     raise NonFiniteLoss(
         f"loss or gradient not finite in epoch {first['epoch']}, step {first['step']} (mixing seed {first['seed']}).\n"
         f"Weights, seed and image ids are in {path}; to look into it: python -m train --replay {path}"
+    )
+
+
+def replay_args(args: argparse.Namespace, saved: dict[str, Any]) -> argparse.Namespace:
+    """Arguments of the run that a nonfinite-*.pt file holds, checked like a command line.
+
+    Where it writes and on what it runs is for this call to say; nothing is downloaded because the file says so.
+
+    Raises:
+        ValueError: the file holds values that the flags do not take.
+    """
+    parser = build_parser()
+    found = typed(parser, saved, OWN)
+    if found.get("data_kwargs") or any(key.startswith("pretrained") for key in found.get("model_kwargs") or {}):
+        raise ValueError(
+            "--replay: the file asks for --data-kwargs or pretrained weights in --model-kwargs, which could load "
+            "anything: repeat the run itself with --log-every 1 instead"
+        )
+    if args.data_path is not None:
+        found["data_path"] = args.data_path
+    amp = saved.get("amp")
+    return argparse.Namespace(
+        **{**vars(args), **found, "amp": amp if isinstance(amp, bool) else None, "compile": False}
     )
 
 

@@ -101,7 +101,12 @@ def build(args: argparse.Namespace) -> Run:
     model = model.to(device).to(memory_format=memory_format)
 
     evidence = make_evidence(args, data, device, rank)
-    loader = EpochLoader(data, args, rank, world)
+    try:
+        loader = EpochLoader(data, args, rank, world)
+    except (AssertionError, AttributeError, IndexError, KeyError) as error:  # timm asserts that it knows the policy
+        raise ValueError(
+            f"--aa must be none or a policy as timm writes it, as rand-m9-mstd0.5-inc1, original or 3a, got {args.aa!r}"
+        ) from error
     if loader.steps < args.accumulate:
         raise ValueError(
             f"an epoch has {loader.steps} steps of {args.batch_size} images on {world} process(es), "
