@@ -251,14 +251,15 @@ def test_recipes_hold_deits_numbers() -> None:
         # DeiT, table 9: 1024 images, 300 epochs, AdamW 0.0005 * batch / 512, decay 0.05, warmup 5, smoothing 0.1, ...
         assert args.lr * args.batch_size * 8 / 512 == 1e-3
         # In the file itself: the flags' defaults are DeiT's too, so an empty recipe would pass all the rest.
-        stated = {"model", "epochs", "opt", "lr", "weight_decay", "batch_size", "warmup_epochs", "smoothing", "drop_path",
-                  "aa", "reprob", "mixup", "cutmix", "repeated_aug", "model_ema_decay", "mixer", "mask_type", "bce_loss",
-                  "mixup_prob", "mixup_switch_prob", "input_size", "scale", "min_lr", "warmup_lr"}  # fmt: skip
+        stated = {"model", "epochs", "opt", "lr", "weight_decay", "batch_size",
+                  "warmup_epochs", "smoothing", "drop_path",
+                  "aa", "reprob", "mixup", "cutmix", "repeated_aug", "model_ema_decay", "mixer", "mask_type",
+                  "bce_loss", "mixup_prob", "mixup_switch_prob", "input_size", "scale", "min_lr", "warmup_lr"}  # fmt: skip
         assert stated <= load_recipe(name).keys(), stated - load_recipe(name).keys()
         assert (args.epochs, args.opt, args.weight_decay, args.warmup_epochs) == (300, "adamw", 0.05, 5)
         assert (args.smoothing, args.drop_path, args.aa, args.reprob) == (0.1, 0.1, "rand-m9-mstd0.5-inc1", 0.25)
         assert (args.mixup, args.cutmix, args.repeated_aug, args.model_ema_decay) == (0.8, 1.0, True, 0.99996)
-        # TokenMix: block masks, 14 tokens beside half of them (the default where the grid is 14x14), binary cross entropy.
+        # TokenMix: block masks, 14 tokens (the default of 14x14) beside half of them, binary cross entropy.
         assert (args.mixer, args.mask_type, args.minimum_tokens, args.bce_loss) == ("tokenmix", "block", None, True)
     assert parse(["--recipe", "deit_s", "--epochs", "7"]).epochs == 7
     with pytest.raises(ValueError, match="--recipe must be one of"):
@@ -290,12 +291,12 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         file.write(b"half")
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="last.pt cannot be written: no space"):
+    with pytest.raises(OSError, match=r"last\.pt cannot be written: no space"):
         write_atomic(path, fail)
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"], "half a file was left"
     assert checkpoint.load(path) == {"step": 1}
     path.write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match="not a file of torch.save"):
+    with pytest.raises(ValueError, match=r"not a file of torch\.save"):
         checkpoint.load(path)
 
 

@@ -17,7 +17,7 @@ from train.config import parse
 from train.loop import train
 from train.run import Run
 
-SMALL = ("--batch-size", "4", "--epochs", "5", "--max-steps", "4", "--save-every", "1", "--threads", "0",
+SMALL = ("--batch-size", "4", "--epochs", "3", "--max-steps", "3", "--save-every", "1", "--threads", "0",
          "--model-kwargs", '{"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1}', "--aa", "none")  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_nothing_is_lost_in_fifty_kills_at_write_boundaries(
     images: Path, whole: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, copies = whole
-    assert len(copies) >= 100
+    assert len(copies) >= 50
     every = len(copies) / 50
     lost = []
     for copy in [copies[int(index * every)] for index in range(50)]:
@@ -111,7 +111,7 @@ def test_flipped_bits_in_last_pt_are_refused_and_the_one_before_is_offered(
     middle[good.index(state) + 5] ^= 64
     path.write_bytes(middle)
     with pytest.raises(
-        ValueError, match=r"last.pt is damaged.*is good: --resume .*previous.pt goes on from epoch 4, ste"
+        ValueError, match=r"last.pt is damaged.*is good: --resume .*previous.pt goes on from epoch 2, ste"
     ):
         train(parse(tiny(images, tmp_path / "run", *SMALL, "--resume", "auto")))
     previous = str(path.with_name("previous.pt"))
@@ -157,7 +157,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(
         return int(self.file.write(content))
 
     monkeypatch.setattr(files.Recorded, "write", full)
-    with pytest.raises(OSError, match="last.pt cannot be written: No space left on device"):
+    with pytest.raises(OSError, match=r"last\.pt cannot be written: No space left on device"):
         checkpoint.save(state, tmp_path / "last.pt")
     assert list(tmp_path.iterdir()) == []
 
@@ -167,7 +167,7 @@ def test_temporary_files_follow_no_links(tmp_path: Path, monkeypatch: pytest.Mon
     victim.write_text("mine")
     monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 2 * size)
     (tmp_path / f".metrics.jsonl.{'0' * 16}.tmp").symlink_to(victim)
-    with pytest.raises(OSError, match="metrics.jsonl cannot be written"):
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written"):
         files.write_lines(["x"], tmp_path / "metrics.jsonl")
     assert victim.read_text() == "mine"
 
@@ -221,4 +221,4 @@ def test_what_follows_from_last_pt_is_written_again(
         name for name in ("metrics.jsonl", "summary.csv", "model.safetensors") if (tmp_path / "run" / name).exists()
     }
     assert len(left) == 3
-    assert (tmp_path / "run" / "best.pt").exists() == (history["best_epoch"] == 4)
+    assert (tmp_path / "run" / "best.pt").exists() == (history["best_epoch"] == 2)
