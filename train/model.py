@@ -41,7 +41,7 @@ def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         try:
             weights = weights_of(read_tensors(args.init_from))
         except (ValueError, OSError) as error:
-            raise ValueError(f"--init-from {args.init_from}: {error}") from error
+            raise ValueError(f"--init-from: {error}") from error
         print(load_weights(model, weights, f"--init-from {args.init_from}"))
     return model
 
