@@ -79,12 +79,6 @@ def finish(process: subprocess.Popen[str], timeout: float = 100) -> str:
     return output
 
 
-def family(pid: int) -> list[int]:
-    """A process and all that descend from it; torchrun puts its own into sessions of their own."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(member for child in children for member in family(int(child)))]
-
-
 def launch(target: Callable[[list[str]], None], arguments: list[str], processes: int) -> list[BaseProcess]:
     """Call target(arguments) in processes joined as torchrun does, forked from a server that has imported torch."""
     context = multiprocessing.get_context("forkserver")
