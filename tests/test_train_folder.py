@@ -18,8 +18,8 @@ from train.loop import train
 from train.run import Run
 
 MODEL = '{"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1}'
-SMALL = ("--batch-size", "4", "--epochs", "3", "--max-steps", "3", "--save-every", "1", "--threads", "0", "--aa", "none",
-         "--model-kwargs", MODEL)  # fmt: skip
+SMALL = ("--batch-size", "4", "--epochs", "3", "--max-steps", "3", "--save-every", "1", "--threads", "0", "--aa",
+         "none", "--model-kwargs", MODEL)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
