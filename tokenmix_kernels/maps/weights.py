@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import socket
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def explain(error: Exception) -> str:
     foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
     if foreign:
         return f"it holds objects other than tensors ({foreign[1]}), which could run code: save its state_dict() alone"
-    if isinstance(error, (pickle.UnpicklingError, EOFError, IndexError, UnicodeDecodeError)):
+    if isinstance(error, (pickle.UnpicklingError, EOFError, LookupError, UnicodeDecodeError, struct.error)):
         return "it is not a file of torch.save, or a damaged one"
     if "PytorchStreamReader" in str(error) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
         return "it is truncated or damaged"
