@@ -18,8 +18,7 @@ import pytest
 import timm
 import torch
 from torchvision.datasets import ImageFolder
-from train.study import extreme_tokens, replace_tokens
-from train_helpers import family, finish, make_bank, make_folder, start, tiny
+from train_helpers import assert_same_run, family, finish, make_bank, make_folder, start, tiny
 
 from tokenmix_kernels import TopKMaps, tokenmix
 from train import checkpoint
@@ -48,25 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bank(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bank(tmp_path_factory.mktemp("bank") / "maps.bank", ImageFolder(folder / "train"))
-
-
-def records(output: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bit-equal weights, averages, moments, random states and records."""
-    assert records(one) == records(other)
-    a, b = checkpoint.load(one / "last.pt"), checkpoint.load(other / "last.pt")
-    for name in ("model", "ema"):
-        assert a[name].keys() == b[name].keys()
-        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
-    for index, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(state[key], b["optimizer"]["state"][index][key]) for key in state)
-    assert a["scheduler"] == b["scheduler"]
-    for ours, theirs in zip(a["rng"], b["rng"], strict=True):
-        assert torch.equal(ours["torch"], theirs["torch"])
 
 
 def kill_after_save(process: subprocess.Popen[str], last: Path, seen: float) -> float:

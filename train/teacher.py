@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher
 from tokenmix_kernels.maps.bank import MapBank, MapBankWriter
+from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher
 
 from . import checkpoint
 from .data import Batch, Data

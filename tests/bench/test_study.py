@@ -1,6 +1,7 @@
 """The study: its measures, its plan and its report."""
 
 import torch
+
 from bench.study.measure import evidence_first, replace_tokens
 
 

@@ -5,62 +5,22 @@ be exact is: an epoch's batches depend on the seed, the epoch and the numbers of
 are therefore started anew for every epoch, from a seed of the epoch's own, and each makes the same number of batches.
 """
 
-from __future__ import annotations
-
 import argparse
-import operator
 from collections.abc import Iterator
-from copy import copy
 from itertools import islice
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from tokenmix_kernels.transforms import EvalTransform, TrackedTransform
 
-from .data import Batch, Data, seeded
+from .batch import Batch, seeded
+from .dataset import Data
+from .timm_readers import Stream
 
 REPEATS = 3  # of each image with --repeated-aug, as timm's RepeatAugSampler
-
-
-class Stream:
-    """A split as timm's IterableImageDataset reads it; images pass once per epoch and cannot be asked for."""
-
-    targets: tuple[int, ...] = ()  # not known before they pass
-
-    def __init__(self, images: Any, num_classes: int, name: str) -> None:
-        self.images = images
-        self.num_classes = num_classes
-        self.name = name
-
-    def __len__(self) -> int:
-        return int(self.images.reader.num_samples)
-
-    def share(self, rank: int, world: int, workers: int) -> Stream:
-        """The same split for one of several processes; the reader shards it among them and their workers."""
-        part = copy(self)
-        part.images, part.images.reader = copy(self.images), copy(self.images.reader)
-        part.images.reader.dist_rank, part.images.reader.dist_num_replicas = rank, world
-        part.images.set_loader_cfg(num_workers=workers)
-        return part
-
-    def read(self) -> Iterator[tuple[Image.Image, int]]:
-        """(image, label) of the samples of this worker.
-
-        Raises:
-            ValueError: a target is not the number of a class.
-        """
-        for image, target in self.images:
-            try:
-                label = operator.index(target)
-            except TypeError:
-                raise ValueError(f"--data {self.name} has the target {target!r}, not a class number") from None
-            if not 0 <= label < self.num_classes:
-                raise ValueError(f"--data {self.name} has the label {label}, not one of {self.num_classes} classes")
-            yield image, label
 
 
 class WorkerStream(IterableDataset[Any]):
