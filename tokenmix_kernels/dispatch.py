@@ -15,11 +15,15 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import reference
+from .attention_inputs import AttentionMix, check_attention_values
 from .inputs import Evidence, Result, check_values, shares_memory
 from .memory import empty_images
 from .settings import Settings, from_text
 
-__all__ = ["backend_of", "kernels", "mix", "mix_inplace", "mix_into", "mix_out", "pool_targets", "token_mask"]
+__all__ = [
+    "attention_targets", "backend_of", "kernels", "mix", "mix_inplace", "mix_into", "mix_out", "pool_targets",
+    "token_mask",
+]  # fmt: skip
 
 EVIDENCE = "Tensor? indices, Tensor? ids, Tensor? boxes, Tensor? flips, Tensor? affines, str box_format"
 INPUTS = (
@@ -107,8 +111,17 @@ def implementations(module_of: Callable[[Tensor], ModuleType]) -> dict[str, Call
             check_values(labels, partner, evidence, None)
         return module_of(maps).pool_targets(evidence, labels, mask, partner).to(maps.device)
 
+    def attention_targets(
+        labels: Tensor, partner: Tensor | None, num_classes: int, smoothing: float, *rest: Any
+    ) -> Tensor:
+        mix = AttentionMix(*rest)
+        if not labels.is_cuda:
+            check_attention_values(mix, labels, partner, num_classes)
+        return module_of(labels).attention_targets(mix, labels, partner, num_classes, smoothing)
+
     return {
         "mix": mix, "mix_out": mix_out, "mix_": mix_inplace, "token_mask": token_mask, "pool_targets": pool_targets,
+        "attention_targets": attention_targets,
     }  # fmt: skip
 
 
@@ -116,9 +129,10 @@ def fake_result(images: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor, Tens
     settings = from_text(text)
     batch, _, height, width = images.shape
     patch = settings.patch_size
+    mask_dtype = torch.float32 if settings.shares else torch.bool
     return (
         images.new_empty(batch, settings.num_classes, dtype=torch.float32),
-        images.new_empty(batch, height // patch, width // patch, dtype=torch.bool),
+        images.new_empty(batch, height // patch, width // patch, dtype=mask_dtype),
         images.new_empty(batch, 2, dtype=torch.float32),
         images.new_empty(batch, dtype=torch.uint8),
     )
@@ -142,6 +156,10 @@ def fake_token_mask(seed: Tensor, sample_offset: int, batch: int, grid_h: int, g
 
 def fake_pool_targets(labels: Tensor, mask: Tensor, partner: Tensor | None, maps: Tensor, *rest: Any) -> Tensor:
     return maps.new_empty(mask.shape[0], 2, dtype=torch.float32)
+
+
+def fake_attention_targets(labels: Tensor, partner: Tensor | None, num_classes: int, *rest: Any) -> Tensor:
+    return labels.new_empty(labels.shape[0], num_classes, dtype=torch.float32)
 
 
 BODIES = implementations(backend_of)
@@ -175,8 +193,18 @@ pool_targets = custom_op(
     mutates_args=(),
     schema=f"(Tensor labels, Tensor mask, Tensor? partner, Tensor maps, {EVIDENCE}) -> Tensor",
 )
+attention_targets = custom_op(
+    "tokenmix_kernels::attention_targets",
+    BODIES["attention_targets"],
+    mutates_args=(),
+    schema=(
+        "(Tensor labels, Tensor? partner, int num_classes, float smoothing, Tensor attention, Tensor mask, "
+        "Tensor? kind, Tensor? lam, Tensor? ratios, float ratio) -> Tensor"
+    ),
+)
 mix.register_fake(fake_mix)
 mix_out.register_fake(fake_mix_out)
 mix_inplace.register_fake(fake_mix_inplace)
 token_mask.register_fake(fake_token_mask)
 pool_targets.register_fake(fake_pool_targets)
+attention_targets.register_fake(fake_attention_targets)

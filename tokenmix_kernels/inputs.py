@@ -69,7 +69,8 @@ class Result(NamedTuple):
 
     Attributes:
         targets: [B, K] float32.
-        mask: [B, Gh, Gw] bool, True where the token is taken from the partner (of a rectangle, by more than half).
+        mask: [B, Gh, Gw] bool, True where the token is taken from the partner (of a rectangle, by more than half); or
+            float32, the share of each token, where the settings say shares.
         weights: [B, 2] float32, what is left of the own image and of the partner.
         kind: [B] uint8, `COPY`, `MIXUP` or the kind of a mask rule.
     """
@@ -169,6 +170,14 @@ def check_grid(grid_h: int, grid_w: int) -> None:
         )
 
 
+def check_grid_cell(settings: Settings, grid_h: int, grid_w: int) -> None:
+    """Raise ValueError for a grid mask of one cell, which would take all of the image or nothing."""
+    if settings.mask_type == "grid" and settings.grid_cell >= max(grid_h, grid_w):
+        raise ValueError(
+            f"grid_cell must be below the longer side of the token grid, {grid_h}x{grid_w}, got {settings.grid_cell}"
+        )
+
+
 def check_tensor(
     name: str,
     tensor: Any,
@@ -218,6 +227,7 @@ def check_images(images: Tensor, settings: Settings) -> None:
     if height % patch or width % patch or not height or not width:
         raise ValueError(f"images must have sides that are multiples of patch_size {patch}, got {height}x{width}")
     check_grid(height // patch, width // patch)
+    check_grid_cell(settings, height // patch, width // patch)
     if settings.mean:
         if len(settings.mean) != channels:
             raise ValueError(

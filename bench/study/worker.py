@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 

@@ -136,6 +136,7 @@ def fixed_part(
         MODE=mode,
         KIND=rule.kind,
         WHOLE_TOKENS=rule.whole_tokens,
+        AS_IN_PAPER=rule.as_in_paper,
         HAS_HEADER=plan.mixes < 1 << 24 or has_mixup or drawn_lam,
         HAS_MIXUP=has_mixup,
         HAS_MINMAX=bool(settings.minmax),
@@ -166,7 +167,9 @@ def fixed_part(
         options["maxnreg"] = 64 if words <= 16 or not patch & (patch - 1) else 128
     constants = {
         "MASK_RULE": getattr(draw, f"{settings.mask_type}_mask") if rule.whole_tokens else None,
-        "GRID": Grid(height, width, patch, grid_h, grid_w, word_rows, words, area_bits(grid_h * grid_w)),
+        "GRID": Grid(
+            height, width, patch, grid_h, grid_w, word_rows, words, area_bits(grid_h * grid_w), settings.grid_cell
+        ),
         "LAYOUT": Layout(channels, sc, sh, sw, oc, oh, ow, nhwc, in_place),
         "TILE": tile,
         "RULE": rule_group,
@@ -293,7 +296,7 @@ def mix(
     if whole:
         grid = (height // settings.patch_size, width // settings.patch_size)
         weights = torch.empty(batch, 2, dtype=torch.float32, device=device)
-        mask_out = torch.empty(batch, *grid, dtype=torch.bool, device=device)
+        mask_out = torch.empty(batch, *grid, dtype=torch.float32 if settings.shares else torch.bool, device=device)
         kind = torch.empty(batch, dtype=torch.uint8, device=device)
     results = Results(targets, weights, mask_out, kind)
     prepare(
