@@ -227,6 +227,11 @@ def build_parser() -> argparse.ArgumentParser:
         help='more arguments for timm.data.create_dataset, as {"input_key": "img"} or {"download": true}',
     )
     group.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be read and count them at the end (default: stop and name the file)",
+    )
+    group.add_argument(
         "--holdout",
         type=float,
         default=0.0,

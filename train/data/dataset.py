@@ -5,7 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,15 +27,21 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     stream: bool = False  # images come in the order of a reader, none can be asked for by index
+    broken: dict[int, str] = field(default_factory=dict)  # training images that are left out, by id, and why
+    skipped: set[str] = field(default_factory=set)  # why images of both splits are left out, one sentence for each
 
     def describe(self) -> str:
         return f"{self.name}: {len(self.train)} images, {len(self.classes)} classes"
+
+    def readable(self) -> list[int]:
+        """Ids of the training images that are not left out, ascending."""
+        return [index for index in range(len(self.train)) if index not in self.broken]
 
     def majority(self) -> float:
         """Share of the validation images in the class that is largest in the training set; NaN if not known."""
         if not self.labels or not self.val.targets:
             return math.nan
-        largest = Counter(self.labels).most_common(1)[0][0]
+        largest = Counter(self.labels[index] for index in self.readable()).most_common(1)[0][0]
         return sum(label == largest for label in self.val.targets) / len(self.val)
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -58,6 +64,12 @@ class Selection(Dataset[tuple[Image.Image, int]]):
         self.images = images
         self.rows = list(rows)
         self.targets = [int(labels[row]) for row in self.rows]
+
+    @property
+    def paths(self) -> list[str]:
+        """Their files; empty where images have none."""
+        paths = getattr(self.images, "paths", None)
+        return [paths[row] for row in self.rows] if paths else []
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
+from torch.utils.data import Dataset, DistributedSampler, Sampler, default_collate
 
 from tokenmix_kernels.transforms import EvalTransform, TrackedTransform
 
+from .. import checkpoint
 from .batch import Batch, seeded
+from .broken import checked_batches, make_loader
 from .dataset import Data
 from .streams import StreamBatches
 
@@ -58,16 +60,17 @@ class EpochOrder(Sampler[tuple[int, int, int]]):
         self.rank, self.world, self.seed = rank, world, args.seed
         self.epoch, self.first = 0, 0
         self.sampler: Any
+        self.ids: Any = data.readable()
         if args.repeated_aug:
-            self.sampler = RepeatAugSampler(data.train, num_replicas=world, rank=rank)
+            self.sampler = RepeatAugSampler(self.ids, num_replicas=world, rank=rank)
         else:
-            self.sampler = DistributedSampler(data.train, world, rank, drop_last=len(data.train) >= world)
+            self.sampler = DistributedSampler(self.ids, world, rank, drop_last=len(self.ids) >= world)
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         self.sampler.set_epoch(self.seed * 100_003 + self.epoch)
         for place, index in enumerate(self.sampler):
             if place >= self.first:
-                yield self.epoch, place * self.world + self.rank, index
+                yield self.epoch, place * self.world + self.rank, self.ids[index]
 
     def __len__(self) -> int:
         return len(self.sampler) - self.first
@@ -81,6 +84,7 @@ class EpochLoader:
     """
 
     def __init__(self, data: Data, args: argparse.Namespace, rank: int, world: int) -> None:
+        self.data = data
         transform = TrackedTransform(
             args.input_size,
             scale=tuple(args.scale),
@@ -105,28 +109,15 @@ class EpochLoader:
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": args.num_workers > 0,
         }
-        # Loaders draw a number for each epoch: from generators of their own, not from the one of the model.
-        self.loader = DataLoader(
-            self.samples,
-            args.batch_size,
-            sampler=self.order,
-            drop_last=True,
-            generator=torch.Generator(),
-            **workers,
-        )
+        self.loader = make_loader(self.samples, args.batch_size, sampler=self.order, drop_last=True, **workers)
         self.steps = len(self.loader)
         if not self.steps:
             raise ValueError(
                 f"--batch-size {args.batch_size} on {world} process(es) is more than an epoch's "
                 f"{len(self.order) * world} samples"
             )
-        self.eval_loader = DataLoader(
-            EvalSamples(data.val, eval_transform),
-            args.batch_size,
-            sampler=range(rank, len(data.val), world),
-            generator=torch.Generator(),
-            **workers,
-        )
+        shown = range(rank, len(data.val), world)
+        self.eval_loader = make_loader(EvalSamples(data.val, eval_transform), args.batch_size, sampler=shown, **workers)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from a step on."""
@@ -134,7 +125,7 @@ class EpochLoader:
             return self.stream.epoch(epoch, first_step)
         assert self.loader.batch_size is not None
         self.order.epoch, self.order.first = epoch, first_step * self.loader.batch_size
-        return iter(self.loader)
+        return checked_batches(iter(self.loader))
 
     def batch(self, epoch: int, positions: Tensor, ids: Tensor, world: int = 1) -> Batch:
         """One batch again, by the places and ids of its samples; a stream reads the epoch up to it.
@@ -160,4 +151,8 @@ class EpochLoader:
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images [B, 3, S, S] uint8, labels [B] int64) of this process's share, each image once."""
-        return self.stream.validation() if self.stream else iter(self.eval_loader)
+        return self.stream.validation() if self.stream else checked_batches(iter(self.eval_loader))
+
+    def skipped(self) -> list[str]:
+        """Why images were left out with --skip-broken, one sentence for each image; asks all processes."""
+        return sorted(set().union(*checkpoint.gather(self.data.skipped)))

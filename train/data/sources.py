@@ -13,20 +13,38 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 
 from tokenmix_kernels.maps import dataset_digest, folder_digest
+from tokenmix_kernels.photos import ImageError, open_image, to_rgb
 
+from .broken import leave_out_broken
 from .dataset import Data, restrict
 from .timm_readers import load_timm
 
 
-@lru_cache(maxsize=1)
-def elpv_arrays() -> tuple[Any, Any, Any]:
-    """(images [N, 300, 300] uint8, defect probabilities [N], cell types [N]), read from the package once."""
-    if find_spec("elpv_dataset") is None:
-        raise ValueError("--data elpv needs the package elpv-dataset: pip install 'tokenmix_kernels[demo]'")
-    from elpv_dataset.utils import load_dataset
+def elpv_folder() -> Path:
+    """Where the package elpv-dataset keeps labels.csv and the photographs.
 
-    arrays: tuple[Any, Any, Any] = load_dataset()
-    return arrays
+    Raises:
+        ValueError: it is not installed.
+    """
+    spec = find_spec("elpv_dataset")
+    if spec is None or spec.origin is None:
+        raise ValueError("--data elpv needs the package elpv-dataset: pip install 'tokenmix_kernels[demo]'")
+    return Path(spec.origin).parent / "data"
+
+
+@lru_cache(maxsize=1)
+def read_elpv(folder: Path) -> tuple[list[Any], Any, Any]:
+    """(images [300, 300] uint8, or why one cannot be read; defect probabilities [N]; cell types [N]), read once."""
+    table = np.genfromtxt(
+        folder / "labels.csv", dtype=["U64", "<f8", "U8"], names=["path", "probability", "type"], encoding="utf-8"
+    )
+    images: list[Any] = []
+    for path in table["path"]:
+        try:
+            images.append(np.asarray(open_image(folder / path).getchannel(0)))  # grey: all channels are the same
+        except ImageError as error:
+            images.append(error)
+    return images, table["probability"], table["type"]
 
 
 class ElpvCells(Dataset[tuple[Image.Image, int]]):
@@ -41,8 +59,8 @@ class ElpvCells(Dataset[tuple[Image.Image, int]]):
 
     classes = ("mono", "mono defective", "poly", "poly defective")
 
-    def __init__(self, split: str) -> None:
-        images, probabilities, types = elpv_arrays()
+    def __init__(self, split: str, folder: Path | None = None) -> None:
+        images, probabilities, types = read_elpv(folder or elpv_folder())
         labels = 2 * (types == "poly").astype(np.int64) + (probabilities >= 0.5)
         validation = np.zeros(len(labels), dtype=bool)
         for label in range(len(self.classes)):
@@ -56,16 +74,40 @@ class ElpvCells(Dataset[tuple[Image.Image, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[self.rows[index]]).convert("RGB"), self.targets[index]
+        pixels = self.images[self.rows[index]]
+        if isinstance(pixels, ImageError):
+            raise pixels
+        return to_rgb(Image.fromarray(pixels)), self.targets[index]
+
+
+class FolderImages(datasets.ImageFolder):
+    """torchvision's ImageFolder, whose images are read by `open_image`."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, loader=open_image)
+
+    @property
+    def paths(self) -> list[str]:
+        """The files."""
+        return [path for path, _ in self.samples]
 
 
 def load_data(args: argparse.Namespace) -> Data:
-    """The data set that --data and --data-path name, cut down as --holdout and --label-fraction say.
+    """The data set that --data and --data-path name, cut down as --holdout, --label-fraction and --skip-broken say.
 
     Raises:
-        ValueError: it is not there, its two splits do not have the same classes, or a package is missing.
+        ValueError: it is not there, its two splits do not have the same classes, --num-classes are others, or a package
+            is missing.
     """
-    return restrict(load_whole(args), args.holdout, args.label_fraction, args.seed)
+    whole = load_whole(args)
+    if args.num_classes not in (None, len(whole.classes)):
+        raise ValueError(
+            f"--num-classes is {args.num_classes}, but the data {whole.name} has {len(whole.classes)} classes"
+        )
+    data = restrict(whole, args.holdout, args.label_fraction, args.seed)
+    if getattr(args, "skip_broken", False) and not data.stream:
+        leave_out_broken(data, args)
+    return data
 
 
 def load_whole(args: argparse.Namespace) -> Data:
@@ -94,7 +136,7 @@ def load_whole(args: argparse.Namespace) -> Data:
                 raise ValueError(
                     f"--data imagefolder needs the folders train and val in --data-path; {root / split} is missing"
                 )
-        folder, val_folder = datasets.ImageFolder(root / "train"), datasets.ImageFolder(root / "val")
+        folder, val_folder = FolderImages(root / "train"), FolderImages(root / "val")
         if folder.classes != val_folder.classes:
             raise ValueError(
                 f"{root / 'train'} has {len(folder.classes)} classes and {root / 'val'} "
