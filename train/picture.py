@@ -49,12 +49,13 @@ class Example(NamedTuple):
         return 1 - taken, taken
 
 
-def mix_as_run(run: "Run", batch: Batch, seed: int) -> tuple[Tensor, Result]:
+def mix_as_run(run: "Run", batch: Batch, evidence: Evidence, seed: int) -> tuple[Tensor, Result]:
     """Mix a batch with the settings of the run's mixer, without normalising it.
 
     Args:
-        run: its mixer and evidence are used.
+        run: its mixer is used.
         batch: on the run's device.
+        evidence: of the batch.
         seed: key of the draws.
 
     Returns:
@@ -65,18 +66,18 @@ def mix_as_run(run: "Run", batch: Batch, seed: int) -> tuple[Tensor, Result]:
     images = batch.images.float() / 255
     mixed = torch.empty_like(images)
     result = dispatch.mix_into(
-        dispatch.backend_of(images), images, mixed, batch.labels, None, as_evidence(run.evidence(batch)), None,
+        dispatch.backend_of(images), images, mixed, batch.labels, None, evidence, None,
         torch.tensor(seed), 0, settings._replace(mean=(), std=(), shares=True),
     )  # fmt: skip
     return mixed, result
 
 
-def pick_examples(run: "Run", batch: Batch, rows: int) -> list[Example]:
+def pick_examples(run: "Run", batch: Batch, evidence: Evidence, rows: int) -> list[Example]:
     """Of each of `rows` draws the sample whose weights differ most from the shares of the area."""
     examples = []
     labels = batch.labels.tolist()
     for seed in range(run.args.seed, run.args.seed + rows):
-        mixed, result = mix_as_run(run, batch, seed)
+        mixed, result = mix_as_run(run, batch, evidence, seed)
         targets, taken, weights = result.targets.cpu(), result.mask.cpu().clone(), result.weights.cpu()
         kinds = result.kind.tolist()
         blended = torch.tensor([kind == MIXUP for kind in kinds])
@@ -118,18 +119,18 @@ def mix_picture(run: "Run", path: Path, rows: int = 6) -> Path:
         The path.
     """
     batch = to_device(run.loader.preview(max(rows, run.args.batch_size)), run.device)
-    examples = pick_examples(run, batch, rows)
-    figure = draw_figure(run, batch, examples)
+    evidence = as_evidence(run.evidence(batch))
+    figure = draw_figure(run, batch, evidence, pick_examples(run, batch, evidence, rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
 
 
-def draw_figure(run: "Run", batch: Batch, examples: list[Example]) -> Figure:
+def draw_figure(run: "Run", batch: Batch, evidence: Evidence, examples: list[Example]) -> Figure:
     """A row of axes for each example."""
     data, settings = run.data, run.mix.settings
     grid = (examples[0].taken.shape[0], examples[0].taken.shape[1])
-    evidence = token_evidence(run.evidence(batch), batch.labels, grid)
+    maps = token_evidence(evidence, batch.labels, grid)
     images = to_pixels(batch.images.float() / 255)
     names = [data.classes[int(label)] for label in batch.labels]
     figure = Figure(figsize=(15.5, 2.05 * len(examples) + 1.75), facecolor="white")
@@ -165,9 +166,9 @@ def draw_figure(run: "Run", batch: Batch, examples: list[Example]) -> Figure:
         i, j, taken = example.own, example.partner, example.taken.numpy()
         tokens = example.kind in rules and rules[example.kind].whole_tokens
         draw_image(line[0], images[i], names[i], OWN)
-        draw_evidence(line[1], images[i], evidence[i].numpy(), 1 - taken, OWN, tokens)
+        draw_evidence(line[1], images[i], maps[i].numpy(), 1 - taken, OWN, tokens)
         draw_image(line[2], images[j], names[j], PARTNER)
-        draw_evidence(line[3], images[j], evidence[j].numpy(), taken, PARTNER, tokens)
+        draw_evidence(line[3], images[j], maps[j].numpy(), taken, PARTNER, tokens)
         draw_mask(line[4], taken, title_of(example, settings))
         draw_image(line[5], to_pixels(example.mixed[None])[0], "", INK)
         if tokens:
@@ -224,15 +225,15 @@ def as_evidence(places: dict[str, Any]) -> Evidence:
     return Evidence(**{**places, "maps": values, "indices": indices})
 
 
-def token_evidence(places: dict[str, Any], labels: Tensor, grid: tuple[int, int]) -> Tensor:
+def token_evidence(evidence: Evidence, labels: Tensor, grid: tuple[int, int]) -> Tensor:
     """The maps on the token grid as the targets see them, each summing to 1, [B, Gh, Gw] on the CPU.
 
     An image without evidence counts by its area.
     """
     even = torch.full((len(labels), *grid), 1 / (grid[0] * grid[1]))
-    if not places:
+    if evidence.maps is None:
         return even
-    pooled = pool_tokens(as_evidence(places), labels.cpu(), grid)
+    pooled = pool_tokens(evidence, labels.cpu(), grid)
     total = pooled.sum((1, 2), keepdim=True)
     return torch.where(total > 0, pooled / (total + 1e-8), even).float()
 

@@ -248,7 +248,7 @@ def test_timms_reader_never_gives_the_next_image(folder: Path) -> None:
 
     theirs = create_dataset("folder", root=str(folder), split="train")
     assert theirs[8][0].getpixel((0, 0)) == (90, 90, 90), "timm gives image 9 for image 8"
-    with pytest.raises(ValueError, match="class1/2.png cannot be read"):
+    with pytest.raises(ValueError, match=r"class1/2\.png cannot be read"):
         TimmImages(theirs, "timm:folder")[8]
 
 

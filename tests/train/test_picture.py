@@ -9,7 +9,7 @@ from train_helpers import make_bank, make_folder, tiny
 
 from tokenmix_kernels.settings import COPY, MASK_RULES, MIXUP
 from train.config import parse
-from train.picture import draw_figure, mix_as_run, mix_picture, pick_examples, token_evidence
+from train.picture import as_evidence, draw_figure, mix_as_run, mix_picture, pick_examples, token_evidence
 from train.run import Run, build
 
 MIXERS = {
@@ -44,7 +44,7 @@ def test_picture_mixes_as_the_run_does(mixer: str, folder: Path, tmp_path: Path)
     batch = run.loader.preview(8)
     kinds = set()
     for seed in range(5):
-        mixed, result = mix_as_run(run, batch, seed)
+        mixed, result = mix_as_run(run, batch, as_evidence(run.evidence(batch)), seed)
         expected, targets = run.mix(batch.images, batch.labels, **run.evidence(batch), seed=seed)
         assert torch.equal(result.targets, targets)
         torch.testing.assert_close(run.data.normalise(255 * mixed), expected, atol=2e-5, rtol=0)
@@ -56,8 +56,9 @@ def test_picture_mixes_as_the_run_does(mixer: str, folder: Path, tmp_path: Path)
 def test_picture_shows_lam_mask_and_targets(mixer: str, folder: Path, tmp_path: Path) -> None:
     run = make_run(folder, tmp_path, mixer)
     batch = run.loader.preview(8)
-    examples = pick_examples(run, batch, 6)
-    evidence = token_evidence(run.evidence(batch), batch.labels, (4, 4))
+    given = as_evidence(run.evidence(batch))
+    examples = pick_examples(run, batch, given, 6)
+    evidence = token_evidence(given, batch.labels, (4, 4))
     labels, images = batch.labels.tolist(), batch.images.float() / 255
     for example in examples:
         own, other = example.own, example.partner
@@ -78,7 +79,7 @@ def test_picture_shows_lam_mask_and_targets(mixer: str, folder: Path, tmp_path: 
             from_partner = (example.mixed != images[own]).any(0).float().mean()
             differing = (images[other] != images[own]).any(0).float().mean()
             assert float(from_partner) == pytest.approx(float(example.taken.mean()), abs=1.01 - float(differing))
-    figure = draw_figure(run, batch, examples)
+    figure = draw_figure(run, batch, given, examples)
     for line, example in enumerate(examples):
         titles = [axis.get_title() for axis in figure.axes[7 * line : 7 * line + 7]]
         names = [run.data.classes[labels[i]] for i in (example.own, example.partner)]
