@@ -357,7 +357,7 @@ CONSTRUCTOR = {
     "mixup": ({"mixup_alpha": -0.8}, ValueError, r"mixup_alpha must be in \[0, 1000\]; 0 switches the branch off"),
     "none": ({"mixup_alpha": 0, "cutmix_alpha": 0}, ValueError, "one of mixup_alpha and cutmix_alpha must be above 0"),
     "mode": ({"mode": "half"}, ValueError, "mode must be one of"),
-    "mask-type": ({"mask_type": "given"}, ValueError, "mask_type must be one of 'block', 'random', 'cutmix', 'grid', got"),
+    "mask-type": ({"mask_type": "given"}, ValueError, "mask_type must be one of .*'grid', got"),
     "out-dtype": ({"out_dtype": torch.complex64}, TypeError, "out_dtype must be float32"),
     "crop-axes": ({"crop_axes": "theirs"}, ValueError, "crop_axes must be one of"),
     "mean": ({"mean": (1, 2, 3)}, ValueError, "mean and std must be given together"),

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from torchvision.datasets import ImageFolder
-from train_helpers import finish_all, launch, make_bank, make_folder, tiny
+from train_helpers import assert_same_run, finish_all, launch, make_bank, make_folder, tiny
 from train_workers import train_and_record, train_quietly
 
 from tokenmix_kernels import TopKMaps, tokenmix
@@ -25,8 +25,8 @@ from train.data import EpochOrder, load_data
 from train.files import write_atomic
 from train.guard import NonFiniteLoss, replay
 from train.loop import train
-from train.picture import token_evidence
-from train.profile_mixers import PublishedWay, profile_mixers
+from train.picture import as_evidence, token_evidence
+from train.profile_mixers import PublishedMix, profile_mixers
 from train.run import build
 from train.step import mixing_seed
 from train.teacher import make_evidence, probe
@@ -47,25 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bank(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bank(tmp_path_factory.mktemp("bank") / "maps.bank", ImageFolder(folder / "train"))
-
-
-def records(output: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bit-equal weights, averages, moments, random states and records."""
-    assert records(one) == records(other)
-    a, b = checkpoint.load(one / "last.pt"), checkpoint.load(other / "last.pt")
-    for name in ("model", "ema"):
-        assert a[name].keys() == b[name].keys()
-        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
-    for index, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(state[key], b["optimizer"]["state"][index][key]) for key in state)
-    assert a["scheduler"] == b["scheduler"]
-    for ours, theirs in zip(a["rng"], b["rng"], strict=True):
-        assert torch.equal(ours["torch"], theirs["torch"])
 
 
 def kill_after_save(processes: Sequence[BaseProcess], last: Path) -> None:
@@ -300,18 +281,18 @@ def test_picture_weights_are_the_evidence_it_shows(folder: Path, bank: Path, tmp
         minimum_tokens=2,
         mode="elem",
     )
-    evidence = token_evidence(places, batch.labels, (mixed.mask.shape[1], mixed.mask.shape[2]))
+    evidence = token_evidence(as_evidence(places), batch.labels, (mixed.mask.shape[1], mixed.mask.shape[2]))
     torch.testing.assert_close((evidence * ~mixed.mask).sum((1, 2)), mixed.weights[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close((evidence.flip(0) * mixed.mask).sum((1, 2)), mixed.weights[:, 1], rtol=0, atol=1e-5)
 
 
-def test_published_way_and_ours_agree() -> None:
+def test_published_mix_of_the_profile_and_ours_agree() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(6, 3, 56, 56, generator=generator)
     labels = torch.randint(20, (6,), generator=generator)
     values = torch.rand(6, 3, 18, 18, generator=generator)
     indices = ((labels[:, None] + torch.arange(3)) % 20)[:, :, None, None].expand(values.shape).contiguous()
-    mixed, targets = PublishedWay(values, indices, 20, 8, 3)(images.clone(), labels)
+    mixed, targets = PublishedMix(values, indices, 20, 8, 3)(images.clone(), labels)
     mask = (mixed != images).any(1).unflatten(1, (7, 8)).unflatten(3, (7, 8)).any(4).any(2)  # [B, 7, 7]
     assert bool((mask == mask[0]).all()) and 24 + 3 - 2 <= int(mask[0].sum()) <= 24 + 3
     ours = tokenmix(images, labels, num_classes=20, maps=TopKMaps(values, indices), mask=mask, patch_size=8)

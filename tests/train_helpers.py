@@ -19,6 +19,7 @@ from PIL import Image
 
 from tokenmix_kernels.maps import folder_digest
 from tokenmix_kernels.maps.bank import MapBankWriter
+from train import checkpoint
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
@@ -105,3 +106,22 @@ def finish_all(processes: Sequence[BaseProcess], timeout: float = 100) -> None:
     for process in processes:
         process.join(timeout)
     assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit-equal weights, averages, moments, random states and records."""
+    assert records(one) == records(other)
+    a, b = checkpoint.load(one / "last.pt"), checkpoint.load(other / "last.pt")
+    for name in ("model", "ema"):
+        assert a[name].keys() == b[name].keys()
+        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
+    for index, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[key], b["optimizer"]["state"][index][key]) for key in state)
+    assert a["scheduler"] == b["scheduler"]
+    for ours, theirs in zip(a["rng"], b["rng"], strict=True):
+        assert torch.equal(ours["torch"], theirs["torch"])

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from .extras import require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageError", "image_size", "open_image", "to_rgb"]
+__all__ = ["ImageError", "image_size", "naming", "open_image", "read_image", "to_rgb"]
 
 # Largest value of 16 bits over that of 8 bits: 65535 / 255.
 WIDE = 257
@@ -95,15 +95,42 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def opened(path: str | os.PathLike[str]) -> "Iterator[Image]":
     """The image in a file, not decoded yet; what goes wrong with it becomes an error that names the file."""
     images = require("PIL.Image")
+    with naming(os.fspath(path)), open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError("it is empty")
+        yield images.open(file)
+
+
+def read_image(file: BinaryIO, name: str) -> "Image":
+    """Read an open image file as RGB and close it, as `open_image` does for one with a path.
+
+    Args:
+        file: in binary mode, at its start: of a folder, an archive or a memory.
+        name: of the image, for errors.
+
+    Raises:
+        ImageError, OSError, ImportError: as `open_image`.
+    """
+    images = require("PIL.Image")
+    with naming(name), file:
+        start = file.read(1)
+        if not start:
+            raise ValueError("it is empty")
+        file.seek(0)
+        image = images.open(file)
+        image.load()
+        return to_rgb(image)
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Turn what goes wrong with an image into an error that names it."""
     try:
-        with open(path, "rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise ValueError("it is empty")
-            yield images.open(file)
+        yield
     except MemoryError:
         raise  # says nothing about the file
     except Exception as error:  # decoders raise nearly everything on broken files
-        start = f"the image {os.fspath(path)} cannot be read"
+        start = f"the image {name} cannot be read"
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, f"{start}: {error.strerror}") from error
         if isinstance(error, require("PIL").UnidentifiedImageError):

@@ -202,10 +202,13 @@ def train_run(run: Run, output: Path) -> list[dict[str, Any]]:
         ) as bar:
             train_epoch(run, progress, bar, timer)
         end_epoch(run, progress, time.perf_counter() - start, board)
+    skipped = run.loader.skipped()
     if run.rank == 0:
         if board:
             board.close()
         finish(run, progress, timer, time.perf_counter() - begin)
+        if skipped:
+            print(f"skipped     {len(skipped)} images that cannot be read")
     if run.world > 1:
         dist.barrier()
         dist.destroy_process_group()

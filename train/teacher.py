@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -21,7 +21,7 @@ from tokenmix_kernels.maps.bank import MapBank, MapBankWriter
 from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher
 
 from . import checkpoint
-from .data import Batch, Data
+from .data import Batch, Data, checked_batches, make_loader
 
 LITE0 = "tf_efficientnet_lite0"
 LITE0_MEAN, LITE0_STD = (127 / 255,) * 3, (128 / 255,) * 3  # its input is (x - 127) / 128
@@ -262,7 +262,7 @@ class _WholeImages(Dataset[tuple[Tensor, int, Tensor]]):
         return len(self.ids)
 
     def __getitem__(self, place: int) -> tuple[Tensor, int, Tensor]:
-        image: Image.Image = self.source[self.ids[place]][0].convert("RGB")
+        image: Image.Image = self.source[self.ids[place]][0]
         return self.transform(image), self.ids[place], torch.tensor([image.height, image.width])
 
 
@@ -272,10 +272,10 @@ def _whole_images(
     """Batches (images on the device, ids, sizes) with a progress bar."""
     # A CPU keeps activations of 8 images in its caches and allocator; larger batches are half as fast there.
     batch_size = 64 if device.type == "cuda" else 8
-    loader = DataLoader(_WholeImages(source, size, ids), batch_size, num_workers=workers, generator=torch.Generator())
+    loader = make_loader(_WholeImages(source, size, ids), batch_size, num_workers=workers)
     tqdm.write(f"{title} of {len(ids)} images")
     with tqdm(total=len(ids), desc=title, unit="image", leave=False, dynamic_ncols=True, disable=None) as bar:
-        for images, batch_ids, sizes in loader:
+        for images, batch_ids, sizes in checked_batches(iter(loader)):
             yield images.to(device).contiguous(memory_format=torch.channels_last), batch_ids, sizes
             bar.update(len(images))
 
@@ -298,6 +298,7 @@ def build_bank(teacher: Teacher, data: Data, device: torch.device, workers: int)
     with MapBankWriter.create(
         teacher.bank, len(data.train), (h, w), data.labels, None, teacher.title, data.digest
     ) as writer:
+        writer.skip(torch.tensor(sorted(data.broken), dtype=torch.int64))
         pending = writer.pending().tolist()
         for ids, maps, sizes in whole_maps(teacher, data.train, data.labels, pending, device, workers):
             writer.write(ids, maps, sizes)
@@ -324,9 +325,9 @@ def fit_probe(
     model.eval()
 
     @torch.inference_mode()
-    def features(source: Any, title: str) -> Tensor:
+    def features(source: Any, ids: Sequence[int], title: str) -> Tensor:
         rows = []
-        for images, _, _ in _whole_images(source, size, range(len(source)), device, workers, title):
+        for images, _, _ in _whole_images(source, size, ids, device, workers, title):
             pooled = model.forward_head(model.forward_features((images.float() / 255 - shift) / scale), pre_logits=True)
             rows.append(pooled.float().cpu())
         return torch.cat(rows)
@@ -334,8 +335,12 @@ def fit_probe(
     if path.is_file():
         layer = checkpoint.load(path)
     else:
-        layer = probe(features(data.train, "teacher: features"), torch.tensor(data.labels), len(data.classes))
-        held_out = features(data.val, "teacher: validation features") @ layer["weight"].T + layer["bias"]
+        ids = data.readable()
+        labels = torch.tensor(data.labels)[ids]
+        layer = probe(features(data.train, ids, "teacher: features"), labels, len(data.classes))
+        held_out = (
+            features(data.val, range(len(data.val)), "teacher: validation features") @ layer["weight"].T + layer["bias"]
+        )
         hits = (held_out.argmax(1) == torch.tensor(data.val.targets)).float().mean()
         tqdm.write(f"teacher: the linear probe gets {100 * hits:.1f} % of the validation images right")
         checkpoint.save(layer, path)

@@ -305,7 +305,17 @@ def mix(
         kind = torch.empty(batch, dtype=torch.uint8, device=device)
     results = Results(targets, weights, mask_out, kind)
     prepare(
-        images, out, labels, partner, evidence, mask, seed, sample_offset, settings, results, tuple(images.shape),
+        images,
+        out,
+        labels,
+        partner,
+        evidence,
+        mask,
+        seed,
+        sample_offset,
+        settings,
+        results,
+        tuple(images.shape),
         device,
     ).run()
     return Result(targets, mask_out, weights, kind)  # type: ignore[arg-type]
