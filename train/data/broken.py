@@ -21,6 +21,7 @@ from tokenmix_kernels.maps.folder import fingerprints
 from tokenmix_kernels.photos import ImageError
 
 from .. import checkpoint
+from ..files import write_lines
 from .dataset import Data, Selection
 
 __all__ = ["checked_batches", "leave_out_broken", "make_loader", "sentence"]
@@ -121,7 +122,7 @@ def find_broken(images: Any, args: argparse.Namespace, title: str) -> dict[int, 
     whole = {row: why for part in checkpoint.gather(found) for row, why in part.items()}
     whole = dict(sorted(whole.items()))
     if rank == 0 and kept is not None:
-        checkpoint.write_lines([json.dumps(whole)], kept)
+        write_lines([json.dumps(whole)], kept)
     return whole
 
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -60,7 +60,7 @@ class EpochOrder(Sampler[tuple[int, int, int]]):
         self.rank, self.world, self.seed = rank, world, args.seed
         self.epoch, self.first = 0, 0
         self.sampler: Any
-        self.ids: Any = data.readable()
+        self.ids = cast(Any, data.readable())
         if args.repeated_aug:
             self.sampler = RepeatAugSampler(self.ids, num_replicas=world, rank=rank)
         else:
