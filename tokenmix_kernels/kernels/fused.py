@@ -5,10 +5,25 @@ import triton.language as tl
 
 from .draw import draw, partner_of
 from .groups import Pixels
+from .look_ahead import look_ahead
 from .pixels import mix_rows
 from .targets import write_targets
 
 __all__ = ["mix_kernel"]
+
+
+@triton.jit
+def place_of(n, batch, TILE: tl.constexpr):
+    """What program n does: (program of its sample, sample, side of the targets or -1 for pixels)."""
+    PIXELS: tl.constexpr = TILE.PIXELS
+    program = tl.zeros([], tl.int32)
+    side = n - batch * PIXELS
+    i = side // 2
+    side = tl.where(side < 0, -1, side % 2)
+    if PIXELS > 0:
+        program = n % PIXELS
+        i = tl.where(side < 0, n // PIXELS, i)
+    return program, i.to(tl.int64), side
 
 
 @triton.jit(do_not_specialize=["seed", "seed_high", "sample_offset", "batch"])
@@ -35,14 +50,14 @@ def mix_kernel(
     RULE: tl.constexpr,  # groups.Rule
     MAPS: tl.constexpr,  # groups.MapForm
 ):
-    """PROGRAMS programs for each sample: one for each ROWS token rows, then two for the targets.
+    """PIXELS programs for each sample, one for each ROWS token rows; after those of all samples two for its targets.
 
     Every program draws its sample's mask anew, in registers: cheaper than passing it on. In place the program of the
     pair's first sample moves both, and `partner` must be its own inverse (a sample for which it is not is left alone).
     """
-    program = tl.program_id(0) % TILE.PROGRAMS
-    side = program - (TILE.PROGRAMS - 2)
-    i = (tl.program_id(0) // TILE.PROGRAMS).to(tl.int64)
+    program, i, side = place_of(tl.program_id(0), batch, TILE)
+    if TILE.AHEAD > 0 and side < 0:
+        look_ahead(images, strides.images, normalisation, tables, i, program, GRID, LAYOUT, TILE)
     j = partner_of(pairs.partner, i, batch)
     if LAYOUT.IN_PLACE:
         j = tl.where(partner_of(pairs.partner, j, batch) == i, j, i)

@@ -159,8 +159,9 @@ class Tile(NamedTuple):
     COLS: int
     LINES: int
     ROWS: int
-    PROGRAMS: int
+    PIXELS: int
     PACK: int
+    AHEAD: int
 
 
 class Rule(NamedTuple):
