@@ -161,6 +161,7 @@ class Tile(NamedTuple):
     ROWS: int
     PIXELS: int
     PACK: int
+    TOGETHER: int
     AHEAD: int
 
 

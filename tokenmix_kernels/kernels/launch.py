@@ -119,13 +119,14 @@ def launch_shape(
     rows = -(-grid_h // -(-grid_h // min(rows, grid_h)))
     programs = -(-grid_h // rows)
     pack = 8 // in_bytes if not converts and vec * in_bytes >= 8 else 1
+    together = 3
     # All programs that run at once ask for a fifth of the L2 cache: with more, it throws lines out before their use.
     ahead = 0
     if dense and not in_place:
         at_once = min(batch * programs, card.multiprocessors * (1024 // (32 * warps)))
         ahead = card.l2_bytes // (5 * max(1, at_once) * channels * width * in_bytes)
         ahead = min(ahead, (grid_h - (programs - 1) * rows) * patch)
-    return Tile(vec, cols, lines, rows, programs, pack, ahead), word_rows, max(8, words), warps
+    return Tile(vec, cols, lines, rows, programs, pack, together, ahead), word_rows, max(8, words), warps
 
 
 @lru_cache(maxsize=64)

@@ -80,6 +80,15 @@ def token_bit(bits, column, SPAN: tl.constexpr):
 
 
 @triton.jit
+def columns(block, BLOCK: tl.constexpr, NEAR: tl.constexpr, WIDTH: tl.constexpr):
+    """The columns [BLOCK] of a block of a line; beyond its end the last NEAR neighbours again."""
+    column = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    if WIDTH % BLOCK != 0:
+        column = column % NEAR + tl.minimum(column - column % NEAR, WIDTH - NEAR)
+    return column
+
+
+@triton.jit
 def take_tokens(
     pixels,
     i,
@@ -115,6 +124,9 @@ def take_tokens(
     images = pixels.images
     out = pixels.out
     SIZE: tl.constexpr = images.dtype.element_ty.primitive_bitwidth // 8
+    IN_BYTES: tl.constexpr = TILE.VEC * SIZE
+    OUT_BYTES: tl.constexpr = TILE.VEC * (out.dtype.element_ty.primitive_bitwidth // 8)
+    CHUNKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK * PLANES
     WORD: tl.constexpr = tl.int64 if PACK > 1 else images.dtype.element_ty
     OUT_WORD: tl.constexpr = tl.int64 if PACK > 1 else out.dtype.element_ty
     # The address of a token is found in bytes: one selection, one addition.
@@ -127,20 +139,23 @@ def take_tokens(
         tl.pointer_type(OUT_WORD), bitcast=True
     )
     for first in range(0, P, LINES):
-        line = (first + tl.arange(0, LINES)).to(tl.int64)[:, None]
-        for block in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
-            column = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # [BLOCK]
-            # Lanes beyond the edge read the last neighbours again: cheaper than a predicate, which needs zeros too.
-            within = column % NEAR + tl.minimum(column - column % NEAR, WIDTH - NEAR)
-            source = own_row + tl.where(token_bit(bits, column, SPAN), apart, 0)
-            source = source.to(tl.pointer_type(WORD), bitcast=True)[None, :]
-            within = tl.max_contiguous(tl.multiple_of(within * STEP, NEAR), NEAR)[None, :]
-            valid = ((column < WIDTH) if WIDTH % BLOCK != 0 else (column >= 0))[None, :] & (line < P)
-            for plane in tl.static_range(PLANES):
-                at = within + (tl.minimum(line, P - 1) * SH + plane * SC)
-                at = tl.max_contiguous(tl.multiple_of(source + at, (1, NEAR * SIZE * PACK)), (1, NEAR))
-                taken = finish(tl.load(at), pixels, column, plane, LAYOUT, TILE, OUT_WORD)
-                tl.store(out_row + (column[None, :] * OUT_STEP + (line * OH + plane * OC)), taken, valid)
+        # Lanes beyond an edge move the last neighbours again: cheaper than a condition.
+        line = first + tl.arange(0, LINES)
+        line = (tl.minimum(line, P - 1) if P % LINES != 0 else line).to(tl.int64)[:, None]
+        for group in tl.static_range(0, CHUNKS, TILE.TOGETHER):
+            taken = ()
+            for chunk in tl.static_range(group, min(group + TILE.TOGETHER, CHUNKS)):
+                column = columns(chunk // PLANES, BLOCK, NEAR, WIDTH)  # [BLOCK]
+                source = own_row + tl.where(token_bit(bits, column, SPAN), apart, 0)
+                source = source.to(tl.pointer_type(WORD), bitcast=True)[None, :]
+                at = (column * STEP)[None, :] + (line * SH + (chunk % PLANES) * SC)
+                at = tl.max_contiguous(tl.multiple_of(source + at, (1, IN_BYTES)), (1, NEAR))
+                taken = taken + (tl.load(at),)
+            for chunk in tl.static_range(group, min(group + TILE.TOGETHER, CHUNKS)):
+                column = columns(chunk // PLANES, BLOCK, NEAR, WIDTH)
+                value = finish(taken[chunk - group], pixels, column, chunk % PLANES, LAYOUT, TILE, OUT_WORD)
+                at = (column * OUT_STEP)[None, :] + (line * OH + (chunk % PLANES) * OC)
+                tl.store(tl.max_contiguous(tl.multiple_of(out_row + at, (1, OUT_BYTES)), (1, NEAR)), value)
 
 
 @triton.jit
