@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .draw import draw, partner_of
 from .groups import Pixels
-from .look_ahead import look_ahead
+from .look_ahead import look_ahead_of_draw, look_ahead_of_pixels, look_ahead_of_targets
 from .pixels import mix_rows
 from .targets import write_targets
 
@@ -56,11 +56,15 @@ def mix_kernel(
     pair's first sample moves both, and `partner` must be its own inverse (a sample for which it is not is left alone).
     """
     program, i, side = place_of(tl.program_id(0), batch, TILE)
-    if TILE.AHEAD > 0 and side < 0:
-        look_ahead(images, strides.images, normalisation, tables, i, program, GRID, LAYOUT, TILE)
     j = partner_of(pairs.partner, i, batch)
     if LAYOUT.IN_PLACE:
         j = tl.where(partner_of(pairs.partner, j, batch) == i, j, i)
+    if TILE.AHEAD > 0:
+        look_ahead_of_draw(tables, normalisation, LAYOUT)
+        if side < 0:
+            look_ahead_of_pixels(images, strides.images, i, program, GRID, LAYOUT, TILE)
+        else:
+            look_ahead_of_targets(pairs, evidence, i, j, side, MAPS)
     if (side >= 0) | (not LAYOUT.IN_PLACE) | (i < j):
         drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, MASK_RULE, GRID, RULE)
         if side >= 0:

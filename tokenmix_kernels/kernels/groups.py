@@ -28,6 +28,7 @@ class Constants(NamedTuple):
     MIXUP: int = MIXUP
     BATCH: int = BATCH
     PAIR: int = PAIR
+    RATIO_BITS: int = RATIO_BITS
     RATIO_MASK: int = (1 << RATIO_BITS) - 1
     BETA_BITS: int = BETA_BITS
     SHIFTED: int = 1 << 16
