@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .draw import draw, partner_of
+from .draw import draw, load_ratios, partner_of
 from .groups import Pixels
 from .look_ahead import look_ahead_of_draw, look_ahead_of_pixels, look_ahead_of_targets
 from .pixels import mix_rows
@@ -59,19 +59,19 @@ def mix_kernel(
     j = partner_of(pairs.partner, i, batch)
     if LAYOUT.IN_PLACE:
         j = tl.where(partner_of(pairs.partner, j, batch) == i, j, i)
+    ratios = load_ratios(tables)
     if TILE.AHEAD > 0:
-        look_ahead_of_draw(tables, normalisation, LAYOUT)
         if side < 0:
             look_ahead_of_pixels(images, strides.images, i, program, GRID, LAYOUT, TILE)
         else:
             look_ahead_of_targets(pairs, evidence, i, j, side, MAPS)
     if (side >= 0) | (not LAYOUT.IN_PLACE) | (i < j):
-        drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, MASK_RULE, GRID, RULE)
+        drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, ratios, MASK_RULE, GRID, RULE)
         if side >= 0:
             write_targets(pairs, evidence, results, i, j, side, drawn, smoothing, GRID, RULE, MAPS)
         elif images is not None:
             pixels = Pixels(images, out, strides.images, strides.out, normalisation.mean, normalisation.rstd)
             drawn_j = drawn
             if LAYOUT.IN_PLACE and RULE.DRAW_EACH:
-                drawn_j = draw(seed, seed_high, sample_offset, j, i, mask, plan, tables, MASK_RULE, GRID, RULE)
+                drawn_j = draw(seed, seed_high, sample_offset, j, i, mask, plan, tables, ratios, MASK_RULE, GRID, RULE)
             mix_rows(pixels, i, j, program, drawn, drawn_j, GRID, LAYOUT, TILE, RULE)
