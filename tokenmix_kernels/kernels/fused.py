@@ -16,13 +16,14 @@ __all__ = ["mix_kernel"]
 def place_of(n, batch, TILE: tl.constexpr):
     """What program n does: (program of its sample, sample, side of the targets or -1 for pixels)."""
     PIXELS: tl.constexpr = TILE.PIXELS
-    program = tl.zeros([], tl.int32)
-    side = n - batch * PIXELS
-    i = side // 2
-    side = tl.where(side < 0, -1, side % 2)
+    beyond = n - batch * PIXELS
+    side = tl.where(beyond < 0, -1, beyond & 1)
+    i = beyond >> 1
+    program = i
     if PIXELS > 0:
-        program = n % PIXELS
-        i = tl.where(side < 0, n // PIXELS, i)
+        own = (n.to(tl.uint32) // PIXELS).to(tl.int32)
+        program = n - own * PIXELS
+        i = tl.where(beyond < 0, own, i)
     return program, i.to(tl.int64), side
 
 
@@ -63,7 +64,7 @@ def mix_kernel(
     if TILE.AHEAD > 0:
         if side < 0:
             look_ahead_of_pixels(images, strides.images, i, program, GRID, LAYOUT, TILE)
-        else:
+        if side >= 0:
             look_ahead_of_targets(pairs, evidence, i, j, side, MAPS)
     if (side >= 0) | (not LAYOUT.IN_PLACE) | (i < j):
         drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, ratios, MASK_RULE, GRID, RULE)
