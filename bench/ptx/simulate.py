@@ -25,7 +25,7 @@ from .simulator import Simulator, load_simulator
 __all__ = ["BARS", "CARDS", "NOMINAL", "add_arguments", "main", "simulate_case"]
 
 CARDS = {"A100": 80, "H100": 90}
-SHAPES = {"A100": Card(108, 40 << 20), "H100": Card(132, 50 << 20)}
+SHAPES = {"A100": Card(108, 40 << 20, True), "H100": Card(132, 50 << 20, True)}
 NOMINAL = "nominal"
 WARM = "images in L2"
 LATENCIES = ("l1", "lds", "l2", "dram_lat", "shfl", "redux", "xu", "s2r", "ldc", "bar", "branch")

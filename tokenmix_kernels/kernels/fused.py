@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .draw import draw, load_ratios, partner_of
 from .groups import Pixels
-from .look_ahead import look_ahead_of_draw, look_ahead_of_pixels, look_ahead_of_targets
+from .look_ahead import look_ahead_of_pixels, look_ahead_of_targets
 from .pixels import mix_rows
 from .targets import write_targets
 
@@ -60,10 +60,10 @@ def mix_kernel(
     j = partner_of(pairs.partner, i, batch)
     if LAYOUT.IN_PLACE:
         j = tl.where(partner_of(pairs.partner, j, batch) == i, j, i)
-    ratios = load_ratios(tables)
+    ratios = load_ratios(tables)  # before the look-ahead: behind megabytes of pixels the draw would wait for it
     if TILE.AHEAD > 0:
         if side < 0:
-            look_ahead_of_pixels(images, strides.images, i, program, GRID, LAYOUT, TILE)
+            look_ahead_of_pixels(images, strides.images, normalisation, i, program, GRID, LAYOUT, TILE)
         if side >= 0:
             look_ahead_of_targets(pairs, evidence, i, j, side, MAPS)
     if (side >= 0) | (not LAYOUT.IN_PLACE) | (i < j):
@@ -71,7 +71,7 @@ def mix_kernel(
         if side >= 0:
             write_targets(pairs, evidence, results, i, j, side, drawn, smoothing, GRID, RULE, MAPS)
         elif images is not None:
-            pixels = Pixels(images, out, strides.images, strides.out, normalisation.mean, normalisation.rstd)
+            pixels = Pixels(images, out, strides.images, strides.out, normalisation.shift, normalisation.scale)
             drawn_j = drawn
             if LAYOUT.IN_PLACE and RULE.DRAW_EACH:
                 drawn_j = draw(seed, seed_high, sample_offset, j, i, mask, plan, tables, ratios, MASK_RULE, GRID, RULE)

@@ -43,14 +43,14 @@ CONST = tl.constexpr(Constants())
 
 
 class Pixels(NamedTuple):
-    """images and out, their batch strides, mean and 1 / std [C] fp32 (or None)."""
+    """images and out, their batch strides, shift and scale of `Normalisation`."""
 
     images: Any
     out: Any
     images_stride: Any
     out_stride: Any
-    mean: Any
-    rstd: Any
+    shift: Any
+    scale: Any
 
 
 class Strides(NamedTuple):
@@ -61,10 +61,10 @@ class Strides(NamedTuple):
 
 
 class Normalisation(NamedTuple):
-    """Mean and 1 / std [C] fp32 (or None)."""
+    """[C] fp32, or None: floats become (x - shift) * scale with the mean, bytes x * scale + shift with -mean / std."""
 
-    mean: Any
-    rstd: Any
+    shift: Any
+    scale: Any
 
 
 class Pairs(NamedTuple):
@@ -140,7 +140,10 @@ class Grid(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Channels C and the strides of images (S) and out (O) but that of the batch; NHWC: channels are innermost."""
+    """Channels C and the strides of images (S) and out (O) but that of the batch; NHWC: channels are innermost.
+
+    PTX: compiled for an NVIDIA card. INTERPRETED: not compiled at all.
+    """
 
     C: int
     SC: int
@@ -151,6 +154,8 @@ class Layout(NamedTuple):
     OW: int
     NHWC: bool
     IN_PLACE: bool
+    PTX: bool
+    INTERPRETED: bool
 
 
 class Tile(NamedTuple):

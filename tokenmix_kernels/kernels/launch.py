@@ -23,7 +23,7 @@ from ..settings import (
     has_drawn_lam,
     make_plan,
 )
-from ..tables import device_table
+from ..tables import byte_shift, device_table
 from . import draw
 from .fused import mix_kernel
 from .groups import EvidencePointers, Grid, Layout, MapForm, Normalisation, Pairs, Results, Rule, Strides, Tables, Tile
@@ -56,14 +56,16 @@ class Fixed(NamedTuple):
 
 
 class Card(NamedTuple):
-    """What a launch's shape depends on: multiprocessors, and bytes of L2 cache that may be prefetched into."""
+    """What a launch depends on: multiprocessors, bytes of L2 cache, and whether it understands PTX."""
 
     multiprocessors: int
     l2_bytes: int
+    ptx: bool
 
 
 # Where there is no GPU: the interpreter and ahead-of-time compilation. No instructions of one vendor.
-NO_CARD = Card(108, 0)
+NO_CARD = Card(108, 0, False)
+INTERPRETED = not isinstance(mix_kernel, triton.runtime.JITFunction)
 
 
 @lru_cache(maxsize=64)
@@ -72,7 +74,7 @@ def card_of(device: torch.device) -> Card:
     if device.type != "cuda":
         return NO_CARD
     properties = torch.cuda.get_device_properties(device)
-    return Card(properties.multi_processor_count, 0 if torch.version.hip else properties.L2_cache_size)
+    return Card(properties.multi_processor_count, properties.L2_cache_size, not torch.version.hip)
 
 
 @lru_cache(maxsize=256)
@@ -122,7 +124,7 @@ def launch_shape(
     together = 3
     # All programs that run at once ask for a fifth of the L2 cache: with more, it throws lines out before their use.
     ahead = 0
-    if dense and not in_place:
+    if dense and card.ptx and not in_place:
         at_once = min(batch * programs, card.multiprocessors * (1024 // (32 * warps)))
         ahead = card.l2_bytes // (5 * max(1, at_once) * channels * width * in_bytes)
         ahead = min(ahead, (grid_h - (programs - 1) * rows) * patch)
@@ -130,12 +132,14 @@ def launch_shape(
 
 
 @lru_cache(maxsize=64)
-def normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Normalisation:
-    """Mean and reciprocal standard deviation on a device, made once."""
+def normalisation(
+    mean: tuple[float, ...], std: tuple[float, ...], of_bytes: bool, device: torch.device
+) -> Normalisation:  # fmt: skip
+    """What normalises pixels, on a device, made once."""
     if not mean:
         return Normalisation(None, None)
-    means, stds = (torch.tensor(numbers, dtype=torch.float32, device=device) for numbers in (mean, std))
-    return Normalisation(means, 1 / stds)
+    shift = byte_shift(mean, std) if of_bytes else torch.tensor(mean, dtype=torch.float32)
+    return Normalisation(shift.to(device), (1 / torch.tensor(std, dtype=torch.float32)).to(device))
 
 
 @lru_cache(maxsize=1024)
@@ -201,12 +205,12 @@ def fixed_part(
     constants = {
         "MASK_RULE": getattr(draw, f"{settings.mask_type}_mask") if rule.whole_tokens else None,
         "GRID": Grid(height, width, patch, grid_h, grid_w, word_rows, words, area_bits(grid_h * grid_w)),
-        "LAYOUT": Layout(channels, sc, sh, sw, oc, oh, ow, nhwc, in_place),
+        "LAYOUT": Layout(channels, sc, sh, sw, oc, oh, ow, nhwc, in_place, card.ptx, INTERPRETED),
         "TILE": tile,
         "RULE": rule_group,
         "MAPS": maps_group,
     }
-    return Fixed(tile.PIXELS + 2, plan, tables, normalisation(settings.mean, settings.std, device), constants, options)
+    return Fixed(tile.PIXELS + 2, plan, tables, normalisation(settings.mean, settings.std, in_bytes == 1, device), constants, options)
 
 
 def address_alignment(*tensors: Tensor) -> int:

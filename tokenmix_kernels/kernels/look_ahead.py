@@ -1,15 +1,12 @@
 """What a program asks of the L2 cache before it draws its mask. It changes no result.
 
-All programs of a batch draw before they load a pixel or a map, and memory would idle meanwhile. The tables of the draw
-come first: behind megabytes of pixels it would wait for them longer than it gains.
+All programs of a batch draw before they load a pixel or a map, and memory would idle meanwhile.
 """
 
 import triton
 import triton.language as tl
 
-from .groups import CONST
-
-__all__ = ["look_ahead_of_draw", "look_ahead_of_pixels", "look_ahead_of_targets"]
+__all__ = ["look_ahead_of_pixels", "look_ahead_of_targets"]
 
 SECTOR = tl.constexpr(32)  # bytes that memory moves at least
 LANES = tl.constexpr(128)
@@ -32,20 +29,13 @@ def prefetch_bytes(start, COUNT: tl.constexpr):
 
 
 @triton.jit
-def look_ahead_of_draw(tables, normalisation, LAYOUT: tl.constexpr):
-    """Prefetch the tables of the draw and of the pixels."""
-    if tables.ratio is not None:
-        prefetch_bytes(tables.ratio, 4 << CONST.value.RATIO_BITS)
-    if normalisation.mean is not None:
-        prefetch_bytes(normalisation.mean, 4 * LAYOUT.C)
-        prefetch_bytes(normalisation.rstd, 4 * LAYOUT.C)
-
-
-@triton.jit
 def look_ahead_of_pixels(
-    images, images_stride, i, program, GRID: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr
+    images, images_stride, normalisation, i, program, GRID: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Prefetch the first AHEAD lines of the program's rows of sample i."""
+    """Prefetch the first AHEAD lines of the program's rows of sample i, and what normalises them."""
+    if normalisation.scale is not None:
+        prefetch_bytes(normalisation.scale, 4 * LAYOUT.C)
+        prefetch_bytes(normalisation.shift, 4 * LAYOUT.C)
     SIZE: tl.constexpr = images.dtype.element_ty.primitive_bitwidth // 8
     PLANES: tl.constexpr = 1 if LAYOUT.NHWC else LAYOUT.C
     SPAN: tl.constexpr = TILE.AHEAD * LAYOUT.SH * SIZE  # bytes of a plane

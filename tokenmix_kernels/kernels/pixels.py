@@ -47,16 +47,48 @@ def channel_of(numbers, column, plane, C: tl.constexpr, NHWC: tl.constexpr, VEC:
 
 
 @triton.jit
+def to_float(bytes, PTX: tl.constexpr):
+    """Bytes as fp32. In PTX by moving each into the low mantissa bits of 2**23: conversions are slow instructions."""
+    if PTX:
+        placed = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $4, 0x4B000000, 0x7540; prmt.b32 $1, $4, 0x4B000000, 0x7541; "
+            "prmt.b32 $2, $4, 0x4B000000, 0x7542; prmt.b32 $3, $4, 0x4B000000, 0x7543;",
+            "=r,=r,=r,=r,r", [bytes], dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+        numbers = placed - 8388608.0
+    else:
+        numbers = bytes.to(tl.float32)
+    return numbers
+
+
+@triton.jit
+def multiply_add(x, scale, shift, INTERPRETED: tl.constexpr):
+    """x * scale + shift in fp32, rounded once. The interpreter rounds twice, so there fp64 holds it exactly."""
+    if INTERPRETED:
+        result = (x.to(tl.float64) * scale.to(tl.float64) + shift.to(tl.float64)).to(tl.float32)
+    else:
+        x, scale = tl.broadcast(x, scale)
+        x, shift = tl.broadcast(x, shift)
+        result = tl.fma(x, scale, shift)
+    return result
+
+
+@triton.jit
 def finish(mixed, pixels, column, plane, LAYOUT: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr):
     """Normalise (where mean is given) and round to the dtype that is stored."""
     C: tl.constexpr = LAYOUT.C
     NHWC: tl.constexpr = LAYOUT.NHWC
     VEC: tl.constexpr = TILE.VEC
-    if pixels.mean is not None:
-        WIDE: tl.constexpr = tl.float64 if mixed.dtype == tl.float64 else tl.float32
-        offset = channel_of(pixels.mean, column, plane, C, NHWC, VEC)
-        scale = channel_of(pixels.rstd, column, plane, C, NHWC, VEC)
-        mixed = (mixed.to(WIDE) - offset) * scale
+    if pixels.scale is not None:
+        shift = channel_of(pixels.shift, column, plane, C, NHWC, VEC)
+        scale = channel_of(pixels.scale, column, plane, C, NHWC, VEC)
+        if pixels.images.dtype.element_ty == tl.uint8:
+            # Raw bytes, or their exact mixture.
+            numbers = to_float(mixed, LAYOUT.PTX) if mixed.dtype == tl.uint8 else mixed
+            mixed = multiply_add(numbers, scale, shift, LAYOUT.INTERPRETED)
+        else:
+            WIDE: tl.constexpr = tl.float64 if mixed.dtype == tl.float64 else tl.float32
+            mixed = (mixed.to(WIDE) - shift) * scale
     elif tl.uint8 == DTYPE and mixed.dtype != tl.uint8:
         mixed = tl.floor(mixed + 0.5)
     return mixed.to(DTYPE)
