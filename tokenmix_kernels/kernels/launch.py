@@ -97,7 +97,8 @@ def launch_shape(
 
     Returns:
         (Tile, WORD_ROWS, WORDS, warps). VEC: neighbours in memory that a thread moves at once: 16 bytes of the wider
-        dtype, less where tokens are narrower. COLS by LINES: the tile; few lines where much is held for each. ROWS:
+        dtype, less where tokens are narrower. COLS by LINES: the tile; few lines where much is held for each. TOGETHER:
+        tiles that are loaded before the first of them is stored. ROWS:
         token rows of a program. PIXELS: programs of a sample that move pixels. PACK: values that are moved as one
         64-bit word. AHEAD: lines of pixels that a program prefetches. WORD_ROWS grid rows are in one word of the mask,
         which has WORDS words.
@@ -109,7 +110,7 @@ def launch_shape(
     vec = gcd(16 // max(in_bytes, out_bytes), span, alignment)
     cols = min(32 * vec, triton.next_power_of_2(line))
     tall = triton.next_power_of_2(patch)
-    lines = min(tall, 4) if blends else min(tall, 8) if converts and nhwc else tall
+    lines = min(tall, 4) if blends else tall if converts and not nhwc else min(tall, 8)
     word_rows = max(1, 32 // grid_w) if grid_w <= 32 else 1
     word_rows = min(word_rows, -(-grid_h // 8))
     words = triton.next_power_of_2(-(-grid_h // word_rows))
@@ -117,8 +118,10 @@ def launch_shape(
     loads = tall * (1 if nhwc else channels) * -(-line // cols) * cols // (vec * 32 * warps)
     if in_place:
         loads += loads // 3  # each with a condition of its own
-    rows = max(1, (36 if converts or blends else 84) // max(1, loads))
-    rows = -(-grid_h // -(-grid_h // min(rows, grid_h)))
+    rows = (36 if converts or blends else 84) // max(1, loads)
+    # A small batch is spread over all multiprocessors, two programs on each.
+    rows = max(1, min(rows, grid_h, round(batch * grid_h / (2 * card.multiprocessors))))
+    rows = -(-grid_h // -(-grid_h // rows))
     programs = -(-grid_h // rows)
     pack = 8 // in_bytes if not converts and vec * in_bytes >= 8 else 1
     together = 3

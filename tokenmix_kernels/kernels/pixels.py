@@ -153,6 +153,7 @@ def take_tokens(
     OH: tl.constexpr = LAYOUT.OH // PACK
     BLOCK: tl.constexpr = TILE.COLS // PACK
     NEAR: tl.constexpr = TILE.VEC // PACK
+    TOGETHER: tl.constexpr = TILE.TOGETHER
     images = pixels.images
     out = pixels.out
     SIZE: tl.constexpr = images.dtype.element_ty.primitive_bitwidth // 8
@@ -174,16 +175,16 @@ def take_tokens(
         # Lanes beyond an edge move the last neighbours again: cheaper than a condition.
         line = first + tl.arange(0, LINES)
         line = (tl.minimum(line, P - 1) if P % LINES != 0 else line).to(tl.int64)[:, None]
-        for group in tl.static_range(0, CHUNKS, TILE.TOGETHER):
+        for group in tl.static_range(0, CHUNKS, TOGETHER):
             taken = ()
-            for chunk in tl.static_range(group, min(group + TILE.TOGETHER, CHUNKS)):
+            for chunk in tl.static_range(group, min(group + TOGETHER, CHUNKS)):
                 column = columns(chunk // PLANES, BLOCK, NEAR, WIDTH)  # [BLOCK]
                 source = own_row + tl.where(token_bit(bits, column, SPAN), apart, 0)
                 source = source.to(tl.pointer_type(WORD), bitcast=True)[None, :]
                 at = (column * STEP)[None, :] + (line * SH + (chunk % PLANES) * SC)
                 at = tl.max_contiguous(tl.multiple_of(source + at, (1, IN_BYTES)), (1, NEAR))
                 taken = taken + (tl.load(at),)
-            for chunk in tl.static_range(group, min(group + TILE.TOGETHER, CHUNKS)):
+            for chunk in tl.static_range(group, min(group + TOGETHER, CHUNKS)):
                 column = columns(chunk // PLANES, BLOCK, NEAR, WIDTH)
                 value = finish(taken[chunk - group], pixels, column, chunk % PLANES, LAYOUT, TILE, OUT_WORD)
                 at = (column * OUT_STEP)[None, :] + (line * OH + (chunk % PLANES) * OC)
