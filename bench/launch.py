@@ -84,9 +84,7 @@ def launch_of(
         images, out.images, inputs.labels, None, evidence_of(inputs), None, torch.tensor(SEED), offset, settings, results,
         tuple(images.shape), torch.device(device), card,
     )  # fmt: skip
-    return Launch(
-        kernels.mix_kernel, ready.grid, ready.arguments, ready.options, inputs, before, out, offset, settings
-    )
+    return Launch(kernels.mix_kernel, ready.grid, ready.arguments, ready.options, inputs, before, out, offset, settings)
 
 
 def evidence_of(inputs: Inputs) -> Evidence:

@@ -99,9 +99,7 @@ def implementations(module_of: Callable[[Tensor], ModuleType]) -> dict[str, Call
         masks = module_of(seed).token_mask(batch, (grid_h, grid_w), seed, sample_offset, from_text(settings))
         return masks.to(seed.device)
 
-    def pool_targets(
-        labels: Tensor, mask: Tensor, partner: Tensor | None, maps: Tensor, *rest: Any
-    ) -> Tensor:
+    def pool_targets(labels: Tensor, mask: Tensor, partner: Tensor | None, maps: Tensor, *rest: Any) -> Tensor:
         evidence = Evidence(maps, *rest)
         if not maps.is_cuda:
             check_values(labels, partner, evidence, None)

@@ -20,7 +20,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--plan", type=Path, default=DEFAULT, metavar="FILE", help="which runs there are")
-    parser.add_argument("--results", type=Path, default=Path("runs/study"), metavar="DIR", help="where results are kept")
+    parser.add_argument(
+        "--results", type=Path, default=Path("runs/study"), metavar="DIR", help="where results are kept"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--status", action="store_true", help="say what is done and how long the rest takes")

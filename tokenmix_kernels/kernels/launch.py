@@ -213,7 +213,14 @@ def fixed_part(
         "RULE": rule_group,
         "MAPS": maps_group,
     }
-    return Fixed(tile.PIXELS + 2, plan, tables, normalisation(settings.mean, settings.std, in_bytes == 1, device), constants, options)
+    return Fixed(
+        tile.PIXELS + 2,
+        plan,
+        tables,
+        normalisation(settings.mean, settings.std, in_bytes == 1, device),
+        constants,
+        options,
+    )
 
 
 def address_alignment(*tensors: Tensor) -> int:
@@ -341,7 +348,18 @@ def mix(
         kind = torch.empty(batch, dtype=torch.uint8, device=device)
     results = Results(targets, weights, mask_out, kind)
     prepare(
-        images, out, labels, partner, evidence, mask, seed, sample_offset, settings, results, tuple(images.shape), device
+        images,
+        out,
+        labels,
+        partner,
+        evidence,
+        mask,
+        seed,
+        sample_offset,
+        settings,
+        results,
+        tuple(images.shape),
+        device,
     ).run()
     return Result(targets, mask_out, weights, kind)  # type: ignore[arg-type]
 

@@ -112,7 +112,9 @@ def write_targets(
         if results.weights is not None:
             tl.store(results.weights + i * 2 + n, weight)
         timm = weight * (1.0 - smoothing)
-        raised += tl.where(drawn.kind > CONST.value.MIXUP, weight - smoothing * 0.5, timm) if RULE.WHOLE_TOKENS else timm
+        raised += (
+            tl.where(drawn.kind > CONST.value.MIXUP, weight - smoothing * 0.5, timm) if RULE.WHOLE_TOKENS else timm
+        )
         n += 1
     if results.targets is not None:
         # The side again, from where the loop stopped: a register less while it runs.
