@@ -5,6 +5,7 @@ events around an ordinary call, and from the time for which a call keeps the hos
 """
 
 import argparse
+import json
 import re
 import statistics
 import sys
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from .baselines import IMPLEMENTATIONS, Implementation, masked_tokens, ready
 from .cases import CASES, Case, make_inputs
 from .machine import describe, write_csv, write_json
+from .model import compare, simulated_microseconds, warm_clock
 from .sweep import sweep
 
 __all__ = ["Clock", "add_arguments", "main", "measure", "moved_bytes", "real_clock"]
@@ -196,6 +198,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--filter", metavar="REGEX", default="", help="implementations whose name it fits")
     parser.add_argument("--batch", type=int, help="batch size in place of the case's")
     parser.add_argument("--milliseconds", type=float, default=100, help="of runs for each figure (default %(default)s)")
+    parser.add_argument("--model-seconds", type=float, default=60, help="time for what is simulated; 0 leaves it out")
+    parser.add_argument(
+        "--simulated", type=Path, default=Path("bench/results/simulated.json"), help="figures to print beside"
+    )
     parser.add_argument("--sweep-seconds", type=float, default=240, help="time for the sweep; 0 leaves it out")
 
 
@@ -209,13 +215,25 @@ def main(asked: argparse.Namespace) -> None:
     chosen = [one for one in IMPLEMENTATIONS if one.name == "clone" or re.search(asked.filter, one.name)]
     names = asked.case or [name for name in CASES if name.startswith("gpu")]
     rows: list[dict[str, Any]] = []
-    record = {"kind": "gpu", "command": "python -m bench gpu", "machine": describe(), "rows": rows, "launch_table": []}
+    record: dict[str, Any] = {
+        "kind": "gpu", "command": "python -m bench gpu", "machine": describe(), "rows": rows, "model": [],
+        "launch_table": [],
+    }  # fmt: skip
     for name in tqdm(names, desc="cases", unit="case"):
         case = replace(CASES[name], batch=asked.batch) if asked.batch else CASES[name]
         rows += measure(case, chosen, device, clock)
         write_json(path, {**record, "seconds": round(time.perf_counter() - started)})
     write_csv(path.with_suffix(".csv"), rows)
     plot(record, path.with_suffix(".png"))
+    if asked.model_seconds > 0:
+        known = json.loads(asked.simulated.read_text()) if asked.simulated.is_file() else {"rows": []}
+        of_card = simulated_microseconds(known, torch.cuda.get_device_name())
+        few = min(25, asked.milliseconds)
+        record["model"] = compare(
+            device, real_clock(few).kernel, warm_clock(few, QUANTILES), of_card, asked.model_seconds
+        )
+        write_json(path, {**record, "seconds": round(time.perf_counter() - started)})
+        write_csv(path.with_name(f"{path.stem}-model.csv"), record["model"])
     if asked.sweep_seconds > 0:
         table = sweep(device, real_clock(min(25, asked.milliseconds)).kernel, asked.sweep_seconds)
         write_json(path, {**record, "launch_table": table, "seconds": round(time.perf_counter() - started)})

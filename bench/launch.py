@@ -58,13 +58,16 @@ class Launch(NamedTuple):
     settings: Settings
 
 
-def launch_of(case: Case, device: torch.device | str = "cpu", offset: int = 0) -> Launch:
+def launch_of(
+    case: Case, device: torch.device | str = "cpu", offset: int = 0, card: kernels.Card | None = None
+) -> Launch:
     """Build the launch of a case; outputs are poisoned with NaN and True.
 
     Args:
         case: the batch.
         device: where it is.
         offset: global number of the first image: another number, other masks.
+        card: what the launch is shaped for, if not the device's.
     """
     inputs = make_inputs(case, device, offset)
     settings = settings_of(case)
@@ -79,7 +82,7 @@ def launch_of(case: Case, device: torch.device | str = "cpu", offset: int = 0) -
     results = Results(out.targets, out.weights, out.mask, None)
     ready = kernels.prepare(
         images, out.images, inputs.labels, None, evidence_of(inputs), None, torch.tensor(SEED), offset, settings,
-        results, tuple(images.shape), torch.device(device),
+        results, tuple(images.shape), torch.device(device), card,
     )  # fmt: skip
     return Launch(kernels.mix_kernel, ready.grid, ready.arguments, ready.options, inputs, before, out, offset, settings)
 
@@ -104,12 +107,12 @@ def cut_of(launch: Launch) -> Cut:
 def recut(launch: Launch, cut: Cut) -> Launch:
     """The launch cut up in another way; rows are spread evenly over as many programs as `cut` needs."""
     token_rows, tile = launch.args["GRID"].GH, launch.args["TILE"]
-    for_targets = tile.PROGRAMS - -(-token_rows // tile.ROWS)
     programs = -(-token_rows // min(cut.rows, token_rows))
-    batch = launch.grid[0] // tile.PROGRAMS
-    tile = tile._replace(ROWS=-(-token_rows // programs), PROGRAMS=programs + for_targets)
+    rows = -(-token_rows // programs)
+    least = (token_rows - (programs - 1) * rows) * launch.args["GRID"].P  # lines of a sample's last program
+    tile = tile._replace(ROWS=rows, PIXELS=programs, AHEAD=min(tile.AHEAD, least))
     return launch._replace(
-        grid=(batch * tile.PROGRAMS,),
+        grid=(len(launch.inputs.images) * (programs + 2),),
         args={**launch.args, "TILE": tile},
         options={**launch.options, "num_warps": cut.warps},
     )
@@ -122,8 +125,13 @@ def run(launch: Launch) -> None:
 
 def programs_of(launch: Launch) -> tuple[int, Callable[[int], tuple[int, bool]]]:
     """How a launch is cut up: programs of an image, and for a program its image and whether it moves pixels."""
-    programs = launch.args["TILE"].PROGRAMS
-    return programs, lambda program: (program // programs, program % programs < programs - 2)
+    pixels = launch.args["TILE"].PIXELS
+    first = len(launch.inputs.images) * pixels  # of the targets' programs
+
+    def place(program: int) -> tuple[int, bool]:
+        return (program // pixels, True) if program < first else ((program - first) // 2, False)
+
+    return pixels + 2, place
 
 
 def expected(launch: Launch) -> Outputs:

@@ -36,6 +36,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 META = torch.device("meta")
+CARD = kernels.Card(multiprocessors=132, l2_bytes=50 << 20, ptx=True)
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 HALF = torch.float16
 
@@ -185,9 +186,10 @@ def launch(
         torch.empty(batch, classes, device=META), torch.empty(batch, 2, device=META),
         torch.empty(batch, *grid, dtype=torch.bool, device=META), one_each(torch.uint8),
     )  # fmt: skip
+    nvidia = triton.runtime.driver.active.get_current_target().backend == "cuda"
     return kernels.prepare(
         images, out, one_each(torch.int64), one_each(torch.int64, partner), evidence, mask, key, 0, options, results,
-        tuple(images.shape), META,
+        tuple(images.shape), META, CARD if nvidia else None,
     )  # fmt: skip
 
 

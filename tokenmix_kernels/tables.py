@@ -1,6 +1,6 @@
-"""Tables made once on the host, so that no random draw depends on a libm: aspect ratios and Beta quantiles.
+"""Tables made once on the host, so that no result depends on a libm: aspect ratios, Beta quantiles, shifts of bytes.
 
-Both are integers in fixed point. The reference reads them as lists, the kernels as small device tensors.
+The first two are integers in fixed point. The reference reads them as lists, the kernels as small device tensors.
 """
 
 from decimal import Decimal, localcontext
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BETA_BITS", "RATIO_BITS", "beta_table", "device_table", "ratio_table"]
+__all__ = ["BETA_BITS", "RATIO_BITS", "beta_table", "byte_shift", "device_table", "ratio_table"]
 
 RATIO_BITS = 10
 BETA_BITS = 12
@@ -64,3 +64,16 @@ def device_table(name: str, alpha: float, device: torch.device) -> Tensor:
     """One of the tables as an int32 tensor on a device, made once per device."""
     values = ratio_table() if name == "ratio" else beta_table(alpha)
     return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def byte_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """What is added to bytes after the multiplication by 1 / std: -mean / std, [C] fp32.
+
+    Both are fp32, and byte * (1 / std) + shift is rounded once: a fused multiply-add. The sum in float64 is exact, and
+    rounding it to fp32 gives the same number. A byte, or a mixture of two in units of 2**-16, is an integer below 2**24
+    times 2**-16; with 1 / std in [2**e, 2**(e + 1)) all products are multiples of 2**(e - 39) below 2**(e + 9). The
+    shift is made a multiple of 2**(e - 43), so that up to |mean| = 2**8 the sum has at most 53 bits.
+    """
+    scale = (1 / torch.tensor(std, dtype=torch.float32)).double()
+    unit = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 44)
+    return (torch.round(-torch.tensor(mean, dtype=torch.float32).double() * scale / unit) * unit).float()

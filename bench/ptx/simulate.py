@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from tokenmix_kernels.kernels import Card
+
 from ..cases import SIMULATED, Case
 from ..launch import difference, launch_of
 from ..machine import describe, write_json
@@ -23,6 +25,7 @@ from .simulator import Simulator, load_simulator
 __all__ = ["BARS", "CARDS", "NOMINAL", "add_arguments", "main", "simulate_case"]
 
 CARDS = {"A100": 80, "H100": 90}
+SHAPES = {"A100": Card(108, 40 << 20, True), "H100": Card(132, 50 << 20, True)}
 NOMINAL = "nominal"
 WARM = "images in L2"
 LATENCIES = ("l1", "lds", "l2", "dram_lat", "shfl", "redux", "xu", "s2r", "ldc", "bar", "branch")
@@ -88,7 +91,7 @@ def simulate_case(
     Returns:
         One row for each name. `by_assumption` holds the ratio of cycles to the baseline's under each assumption.
     """
-    launch = launch_of(case)
+    launch = launch_of(case, card=SHAPES[card])
     compiled = simulator.ptxsim.compile_kernel(launch.kernel, launch.args, arch=CARDS[card], **launch.options)
     trace = simulator.sass.record(compiled, launch.grid, launch.args)
     equal, error = difference(launch)

@@ -15,6 +15,7 @@ from bench.__main__ import main as bench
 from bench.baselines import IMPLEMENTATIONS, Implementation, Ready, ready
 from bench.cases import CASES, Case, Inputs, make_inputs
 from bench.launch import Cut, Launch, cut_of
+from bench.model import cases, compare, simulated_microseconds
 from bench.sweep import cases_swept, sweep
 from tokenmix_kernels.transforms import tracked_transform
 
@@ -167,6 +168,30 @@ def test_the_sweep_finds_the_fastest_cut_and_leaves_out_wrong_ones(capsys: pytes
 def test_the_sweep_stops_in_time() -> None:
     timed = counted_clock([])[0].kernel
     assert sweep(torch.device("cpu"), timed, -1.0, cases_swept(), fill) == []
+
+
+def test_what_is_simulated_is_timed_cold_and_warm_in_three_ways() -> None:
+    known = {
+        "rows": [
+            {"case": "small", "card": "H100", "microseconds": 10.0},
+            {"case": "small", "card": "A100", "microseconds": 99.0},
+        ]
+    }
+    case = Case("small", 2, height=80, width=64, dtype=torch.float16)
+    cold, warm = counted_clock([], 10.0)[0].kernel, counted_clock([], 3.0)[0].kernel
+    of_card = simulated_microseconds(known, "NVIDIA H100 80GB HBM3")
+    rows = compare(torch.device("cpu"), cold, warm, of_card, 60, [case], fill)
+    assert [row["launch"] for row in rows] == ["as launched", "without look-ahead", "two warps, 4 rows"]
+    assert [(row["cold_us_p50"], row["warm_us_p50"]) for row in rows] == [(20.0, 6.0)] * 3
+    assert [row.get("cold_to_simulated") for row in rows] == [2.0, None, None]
+
+
+def test_a_variant_that_gives_another_result_is_not_timed() -> None:
+    case = Case("small", 2, height=96, width=64, dtype=torch.float16)
+    clock = counted_clock([])[0].kernel
+    rows = compare(torch.device("cpu"), clock, clock, {}, 60, [case], lambda launch: fill(launch, wrong_rows=3))
+    assert [row.get("wrong") for row in rows] == [None, None, "differs from today's launch"]
+    assert compare(torch.device("cpu"), clock, clock, {}, -1.0, cases(), fill) == []
 
 
 def test_the_copy_is_one_and_ratios_are_of_the_same_round() -> None:

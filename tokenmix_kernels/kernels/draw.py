@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .groups import CONST, Draw
 
-__all__ = ["draw", "partner_of"]
+__all__ = ["draw", "load_ratios", "partner_of"]
 
 
 @triton.constexpr_function
@@ -100,6 +100,15 @@ def popcount(bits):
 
 
 @triton.jit
+def load_ratios(tables):
+    """The table of aspect ratios whole, before anybody knows which entries are needed: looking up waits for nothing."""
+    ratios = None
+    if tables.ratio is not None:
+        ratios = tl.load(tables.ratio + tl.arange(0, CONST.value.RATIO_MASK + 1))
+    return ratios
+
+
+@triton.jit
 def try_four(area, factors, position, free, remaining, tries, first_row, j, GRID: tl.constexpr, WORD: tl.constexpr):
     """One window of four tries.
 
@@ -144,7 +153,7 @@ def try_four(area, factors, position, free, remaining, tries, first_row, j, GRID
 
 
 @triton.jit
-def block_mask(key, sample, i, tokens, mask, ratio_table, GRID: tl.constexpr, WORD: tl.constexpr):
+def block_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl.constexpr):
     """Rectangles of random area and aspect ratio until `tokens` are masked: (words [4, WORDS], tokens masked).
 
     A word holds WORD_ROWS grid rows, bit r * GW + c of its rows. Four tries are looked at side by side (first axis),
@@ -163,8 +172,8 @@ def block_mask(key, sample, i, tokens, mask, ratio_table, GRID: tl.constexpr, WO
     draws = word * 4 + j
     while (remaining > 0) & (tries > 0):
         size_a, position_a, size_b, position_b = philox(key, sample, draws, CONST.value.TRIES)
-        factors_a = tl.load(ratio_table + (size_a & CONST.value.RATIO_MASK).to(tl.int32))
-        factors_b = tl.load(ratio_table + (size_b & CONST.value.RATIO_MASK).to(tl.int32))
+        both = (tl.join(size_a, size_b) & CONST.value.RATIO_MASK).to(tl.int32)  # [4, WORDS, 2]
+        factors_a, factors_b = tl.split(tl.reshape(tl.gather(ratios, tl.ravel(both), 0), both.shape))
         area_a = (size_a >> (32 - AREA_BITS)).to(tl.int32)
         area_b = (size_b >> (32 - AREA_BITS)).to(tl.int32)
         step = 0
@@ -223,7 +232,7 @@ def smallest_keys(key, sample, number, counted, wanted, KEY_BITS: tl.constexpr):
 
 
 @triton.jit
-def random_mask(key, sample, i, tokens, mask, ratio_table, GRID: tl.constexpr, WORD: tl.constexpr):
+def random_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl.constexpr):
     """The `tokens` tokens with the smallest keys: (words [4, WORDS], tokens masked)."""
     WORDS: tl.constexpr = GRID.WORDS
     KEY_BITS: tl.constexpr = bit_length(GRID.GH * GRID.GW - 1)
@@ -232,7 +241,7 @@ def random_mask(key, sample, i, tokens, mask, ratio_table, GRID: tl.constexpr, W
 
 
 @triton.jit
-def given_mask(key, sample, i, tokens, mask, ratio_table, GRID: tl.constexpr, WORD: tl.constexpr):
+def given_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl.constexpr):
     """A mask from memory, bytes [B, GH, GW]: (words [4, WORDS], tokens masked)."""
     WORDS: tl.constexpr = GRID.WORDS
     bit, token, real = token_of(GRID)
@@ -240,7 +249,7 @@ def given_mask(key, sample, i, tokens, mask, ratio_table, GRID: tl.constexpr, WO
 
 
 @triton.jit
-def grid_mask(key, sample, i, tokens, mask, ratio_table, GRID: tl.constexpr, WORD: tl.constexpr):
+def grid_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl.constexpr):
     """Random cells of CELL x CELL tokens, as many as the share of `tokens` stands for: (words, tokens masked).
 
     Each token finds its cell's key, drawn as in `random_mask`; the first token of each cell stands for it in the count.
@@ -300,6 +309,7 @@ def draw(
     mask,
     plan,
     tables,
+    ratios,  # of `load_ratios`
     MASK_RULE: tl.constexpr,  # a function NAME_mask of this file, or None for rectangles
     GRID: tl.constexpr,
     RULE: tl.constexpr,
@@ -320,7 +330,7 @@ def draw(
     words = tl.zeros([4, WORDS], WORD)
     if RULE.WHOLE_TOKENS:
         if kind == RULE.KIND:
-            words, masked = MASK_RULE(key, sample, i, tokens, mask, tables.ratio, GRID, WORD)
+            words, masked = MASK_RULE(key, sample, i, tokens, mask, ratios, GRID, WORD)
     elif kind == RULE.KIND:
         top, bottom, left, right = cutmix_rectangle(key, sample, lam, plan, GRID, RULE)
     return Draw(kind, lam, words, masked, top, bottom, left, right)

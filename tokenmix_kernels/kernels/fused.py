@@ -3,12 +3,28 @@
 import triton
 import triton.language as tl
 
-from .draw import draw, partner_of
+from .draw import draw, load_ratios, partner_of
 from .groups import Pixels
+from .look_ahead import look_ahead_of_pixels, look_ahead_of_targets
 from .pixels import mix_rows
 from .targets import write_targets
 
 __all__ = ["mix_kernel"]
+
+
+@triton.jit
+def place_of(n, batch, TILE: tl.constexpr):
+    """What program n does: (program of its sample, sample, side of the targets or -1 for pixels)."""
+    PIXELS: tl.constexpr = TILE.PIXELS
+    beyond = n - batch * PIXELS
+    side = tl.where(beyond < 0, -1, beyond & 1)
+    i = beyond >> 1
+    program = i
+    if PIXELS > 0:
+        own = (n.to(tl.uint32) // PIXELS).to(tl.int32)
+        program = n - own * PIXELS
+        i = tl.where(beyond < 0, own, i)
+    return program, i.to(tl.int64), side
 
 
 @triton.jit(do_not_specialize=["seed", "seed_high", "sample_offset", "batch"])
@@ -35,24 +51,29 @@ def mix_kernel(
     RULE: tl.constexpr,  # groups.Rule
     MAPS: tl.constexpr,  # groups.MapForm
 ):
-    """PROGRAMS programs for each sample: one for each ROWS token rows, then two for the targets.
+    """PIXELS programs for each sample, one for each ROWS token rows; after those of all samples two for its targets.
 
     Every program draws its sample's mask anew, in registers: cheaper than passing it on. In place the program of the
     pair's first sample moves both, and `partner` must be its own inverse (a sample for which it is not is left alone).
     """
-    program = tl.program_id(0) % TILE.PROGRAMS
-    side = program - (TILE.PROGRAMS - 2)
-    i = (tl.program_id(0) // TILE.PROGRAMS).to(tl.int64)
+    program, i, side = place_of(tl.program_id(0), batch, TILE)
     j = partner_of(pairs.partner, i, batch)
     if LAYOUT.IN_PLACE:
         j = tl.where(partner_of(pairs.partner, j, batch) == i, j, i)
+    ratios = load_ratios(tables)  # before the look-ahead: behind megabytes of pixels the draw would wait for it
+    if LAYOUT.PTX:
+        if side < 0:
+            if TILE.AHEAD > 0:
+                look_ahead_of_pixels(images, strides.images, normalisation, i, program, GRID, LAYOUT, TILE)
+        if side >= 0:
+            look_ahead_of_targets(pairs, evidence, i, j, side, MAPS)
     if (side >= 0) | (not LAYOUT.IN_PLACE) | (i < j):
-        drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, MASK_RULE, GRID, RULE)
+        drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, ratios, MASK_RULE, GRID, RULE)
         if side >= 0:
             write_targets(pairs, evidence, results, i, j, side, drawn, smoothing, GRID, RULE, MAPS)
         elif images is not None:
-            pixels = Pixels(images, out, strides.images, strides.out, normalisation.mean, normalisation.rstd)
+            pixels = Pixels(images, out, strides.images, strides.out, normalisation.shift, normalisation.scale)
             drawn_j = drawn
             if LAYOUT.IN_PLACE and RULE.DRAW_EACH:
-                drawn_j = draw(seed, seed_high, sample_offset, j, i, mask, plan, tables, MASK_RULE, GRID, RULE)
+                drawn_j = draw(seed, seed_high, sample_offset, j, i, mask, plan, tables, ratios, MASK_RULE, GRID, RULE)
             mix_rows(pixels, i, j, program, drawn, drawn_j, GRID, LAYOUT, TILE, RULE)

@@ -28,6 +28,7 @@ class Constants(NamedTuple):
     MIXUP: int = MIXUP
     BATCH: int = BATCH
     PAIR: int = PAIR
+    RATIO_BITS: int = RATIO_BITS
     RATIO_MASK: int = (1 << RATIO_BITS) - 1
     BETA_BITS: int = BETA_BITS
     SHIFTED: int = 1 << 16
@@ -42,14 +43,14 @@ CONST = tl.constexpr(Constants())
 
 
 class Pixels(NamedTuple):
-    """images and out, their batch strides, mean and 1 / std [C] fp32 (or None)."""
+    """images and out, their batch strides, shift and scale of `Normalisation`."""
 
     images: Any
     out: Any
     images_stride: Any
     out_stride: Any
-    mean: Any
-    rstd: Any
+    shift: Any
+    scale: Any
 
 
 class Strides(NamedTuple):
@@ -60,10 +61,10 @@ class Strides(NamedTuple):
 
 
 class Normalisation(NamedTuple):
-    """Mean and 1 / std [C] fp32 (or None)."""
+    """[C] fp32, or None: floats become (x - shift) * scale with the mean, bytes x * scale + shift with -mean / std."""
 
-    mean: Any
-    rstd: Any
+    shift: Any
+    scale: Any
 
 
 class Pairs(NamedTuple):
@@ -143,7 +144,10 @@ class Grid(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Channels C and the strides of images (S) and out (O) but that of the batch; NHWC: channels are innermost."""
+    """Channels C and the strides of images (S) and out (O) but that of the batch; NHWC: channels are innermost.
+
+    PTX: compiled for an NVIDIA card. INTERPRETED: not compiled at all.
+    """
 
     C: int
     SC: int
@@ -154,6 +158,8 @@ class Layout(NamedTuple):
     OW: int
     NHWC: bool
     IN_PLACE: bool
+    PTX: bool
+    INTERPRETED: bool
 
 
 class Tile(NamedTuple):
@@ -163,8 +169,10 @@ class Tile(NamedTuple):
     COLS: int
     LINES: int
     ROWS: int
-    PROGRAMS: int
+    PIXELS: int
     PACK: int
+    TOGETHER: int
+    AHEAD: int
 
 
 class Rule(NamedTuple):

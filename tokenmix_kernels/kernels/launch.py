@@ -23,12 +23,12 @@ from ..settings import (
     has_drawn_lam,
     make_plan,
 )
-from ..tables import device_table
+from ..tables import byte_shift, device_table
 from . import draw
 from .fused import mix_kernel
 from .groups import EvidencePointers, Grid, Layout, MapForm, Normalisation, Pairs, Results, Rule, Strides, Tables, Tile
 
-__all__ = ["Launch", "interpreted", "launch_shape", "mix", "pool_targets", "prepare", "token_mask"]
+__all__ = ["Card", "Launch", "interpreted", "launch_shape", "mix", "pool_targets", "prepare", "token_mask"]
 
 NO_STRIDES: tuple[int, ...] = (1, 1, 1, 1)
 
@@ -60,27 +60,52 @@ class Fixed(NamedTuple):
     options: dict[str, Any]
 
 
+class Card(NamedTuple):
+    """What a launch depends on: multiprocessors, bytes of L2 cache, and whether it understands PTX."""
+
+    multiprocessors: int
+    l2_bytes: int
+    ptx: bool
+
+
+# Where there is no GPU: the interpreter and ahead-of-time compilation. No instructions of one vendor.
+NO_CARD = Card(108, 0, False)
+
+
+@lru_cache(maxsize=64)
+def card_of(device: torch.device) -> Card:
+    """The properties of a device, looked up once."""
+    if device.type != "cuda":
+        return NO_CARD
+    properties = torch.cuda.get_device_properties(device)
+    return Card(properties.multi_processor_count, properties.L2_cache_size, not torch.version.hip)
+
+
 @lru_cache(maxsize=256)
 def launch_shape(
-    channels: int, height: int, width: int, patch: int, nhwc: bool, in_bytes: int, out_bytes: int, alignment: int,
-    converts: bool, blends: bool, in_place: bool,
+    batch: int, channels: int, height: int, width: int, patch: int, nhwc: bool, in_bytes: int, out_bytes: int,
+    alignment: int, dense: bool, converts: bool, blends: bool, in_place: bool, card: Card,
 ) -> tuple[Tile, int, int, int]:  # fmt: skip
-    """How a launch is divided, from the shape and dtype alone.
+    """How a launch is divided.
 
     Args:
-        channels, height, width, patch: of the images.
+        batch, channels, height, width, patch: of the images.
         nhwc: whether channels are innermost in memory.
         in_bytes, out_bytes: size of one value.
         alignment: a divisor of all strides but the innermost and of the first addresses, in values.
+        dense: whether lines of pixels follow each other in memory without gaps.
         converts: whether pixels are normalised or change their dtype.
         blends: whether a pixel may need both images (Mixup, rectangles).
         in_place: whether a pair's tokens change places.
+        card: the device.
 
     Returns:
         (Tile, WORD_ROWS, WORDS, warps). VEC: neighbours in memory that a thread moves at once: 16 bytes of the wider
-        dtype, less where tokens are narrower. COLS by LINES: the tile; few lines where much is held for each. ROWS:
-        token rows of a program. PROGRAMS: programs of a sample, two of them for the targets. PACK: values that are
-        moved as one 64-bit word. WORD_ROWS grid rows are in one word of the mask, which has WORDS words.
+        dtype, less where tokens are narrower. COLS by LINES: the tile; few lines where much is held for each. TOGETHER:
+        tiles that are loaded before the first of them is stored. ROWS:
+        token rows of a program. PIXELS: programs of a sample that move pixels. PACK: values that are moved as one
+        64-bit word. AHEAD: lines of pixels that a program prefetches. WORD_ROWS grid rows are in one word of the mask,
+        which has WORDS words.
     """
     warps = 4
     grid_h, grid_w = height // patch, width // patch
@@ -89,7 +114,7 @@ def launch_shape(
     vec = gcd(16 // max(in_bytes, out_bytes), span, alignment)
     cols = min(32 * vec, triton.next_power_of_2(line))
     tall = triton.next_power_of_2(patch)
-    lines = min(tall, 4) if blends else min(tall, 8) if converts and nhwc else tall
+    lines = min(tall, 4) if blends else tall if converts and not nhwc else min(tall, 8)
     word_rows = max(1, 32 // grid_w) if grid_w <= 32 else 1
     word_rows = min(word_rows, -(-grid_h // 8))
     words = triton.next_power_of_2(-(-grid_h // word_rows))
@@ -97,29 +122,41 @@ def launch_shape(
     loads = tall * (1 if nhwc else channels) * -(-line // cols) * cols // (vec * 32 * warps)
     if in_place:
         loads += loads // 3  # each with a condition of its own
-    rows = max(1, (36 if converts or blends else 84) // max(1, loads))
-    rows = -(-grid_h // -(-grid_h // min(rows, grid_h)))
+    rows = (36 if converts or blends else 84) // max(1, loads)
+    # A small batch is spread over all multiprocessors, two programs on each.
+    rows = max(1, min(rows, grid_h, round(batch * grid_h / (2 * card.multiprocessors))))
+    rows = -(-grid_h // -(-grid_h // rows))
+    programs = -(-grid_h // rows)
     pack = 8 // in_bytes if not converts and vec * in_bytes >= 8 else 1
-    return Tile(vec, cols, lines, rows, 2 + -(-grid_h // rows), pack), word_rows, max(8, words), warps
+    together = 3
+    # All programs that run at once ask for a fifth of the L2 cache: with more, it throws lines out before their use.
+    ahead = 0
+    if dense and card.ptx and not in_place:
+        at_once = min(batch * programs, card.multiprocessors * (1024 // (32 * warps)))
+        ahead = card.l2_bytes // (5 * max(1, at_once) * channels * width * in_bytes)
+        ahead = min(ahead, (grid_h - (programs - 1) * rows) * patch)
+    return Tile(vec, cols, lines, rows, programs, pack, together, ahead), word_rows, max(8, words), warps
 
 
 @lru_cache(maxsize=64)
-def normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Normalisation:
-    """Mean and reciprocal standard deviation on a device, made once."""
+def normalisation(
+    mean: tuple[float, ...], std: tuple[float, ...], of_bytes: bool, device: torch.device
+) -> Normalisation:  # fmt: skip
+    """What normalises pixels, on a device, made once."""
     if not mean:
         return Normalisation(None, None)
-    means, stds = (torch.tensor(numbers, dtype=torch.float32, device=device) for numbers in (mean, std))
-    return Normalisation(means, 1 / stds)
+    shift = byte_shift(mean, std) if of_bytes else torch.tensor(mean, dtype=torch.float32)
+    return Normalisation(shift.to(device), (1 / torch.tensor(std, dtype=torch.float32)).to(device))
 
 
 @lru_cache(maxsize=1024)
 def fixed_part(
     shape: tuple[int, ...], strides: tuple[int, ...], out_strides: tuple[int, ...], in_bytes: int, out_bytes: int,
-    alignment: int, plain: bool, in_place: bool, map_shape: tuple[int, ...], map_vec: int, box_step: int,
-    box_format: str, settings: Settings, device: torch.device,
+    alignment: int, moves: bool, plain: bool, in_place: bool, map_shape: tuple[int, ...], map_vec: int, box_step: int,
+    box_format: str, settings: Settings, device: torch.device, card: Card,
 ) -> Fixed:  # fmt: skip
     """What is the same for all launches of this form."""
-    _, channels, height, width = shape
+    batch, channels, height, width = shape
     sc, sh, sw = strides[1:]
     oc, oh, ow = out_strides[1:]
     patch = settings.patch_size
@@ -129,10 +166,13 @@ def fixed_part(
     inner: tuple[int, ...] = (sh, oh) if nhwc else (sc, sh, oc, oh)
     alignment = gcd(alignment, strides[0], out_strides[0], *inner) if nhwc or sw == ow == 1 else 1
     has_mixup = plan.switches < 1 << 24
+    dense = sh == width * channels if nhwc else sw == 1 and sh == width
     tile, word_rows, words, warps = launch_shape(
-        channels, height, width, patch, nhwc, in_bytes, out_bytes, alignment, not plain,
-        has_mixup or not rule.whole_tokens, in_place,
+        batch, channels, height, width, patch, nhwc, in_bytes, out_bytes, alignment, dense, not plain,
+        has_mixup or not rule.whole_tokens, in_place, card,
     )  # fmt: skip
+    if not moves:
+        tile = tile._replace(PIXELS=0, AHEAD=0)
     grid_h, grid_w = height // patch, width // patch
     mode = MODES[settings.mode]
     drawn_lam = has_drawn_lam(settings)
@@ -175,12 +215,19 @@ def fixed_part(
         "GRID": Grid(
             height, width, patch, grid_h, grid_w, word_rows, words, area_bits(grid_h * grid_w), settings.grid_cell
         ),
-        "LAYOUT": Layout(channels, sc, sh, sw, oc, oh, ow, nhwc, in_place),
+        "LAYOUT": Layout(channels, sc, sh, sw, oc, oh, ow, nhwc, in_place, card.ptx, interpreted()),
         "TILE": tile,
         "RULE": rule_group,
         "MAPS": maps_group,
     }
-    return Fixed(tile.PROGRAMS, plan, tables, normalisation(settings.mean, settings.std, device), constants, options)
+    return Fixed(
+        tile.PIXELS + 2,
+        plan,
+        tables,
+        normalisation(settings.mean, settings.std, in_bytes == 1, device),
+        constants,
+        options,
+    )
 
 
 def address_alignment(*tensors: Tensor) -> int:
@@ -205,6 +252,7 @@ def prepare(
     results: Results,
     shape: tuple[int, ...],
     device: torch.device,
+    card: Card | None = None,
 ) -> Launch:
     """A launch of `mix_kernel`. Nothing here waits for a device.
 
@@ -216,6 +264,7 @@ def prepare(
         results: memory for what is wanted.
         shape: [B, C, H, W] of the images.
         device: of the launch.
+        card: what the launch is shaped for, if not the device's.
     """
     maps, boxes = evidence.maps, evidence.boxes
     map_shape: tuple[int, ...] = ()
@@ -237,8 +286,9 @@ def prepare(
         plain = images.dtype == out.dtype and not settings.mean
         alignment = address_alignment(images, out)
     fixed = fixed_part(
-        shape, strides, out_strides, in_bytes, out_bytes, alignment, plain, images is not None and images is out,
-        map_shape, map_vec, 0 if boxes is None else boxes.stride(1), evidence.box_format, settings, device,
+        shape, strides, out_strides, in_bytes, out_bytes, alignment, images is not None, plain,
+        images is not None and images is out, map_shape, map_vec, 0 if boxes is None else boxes.stride(1),
+        evidence.box_format, settings, device, card_of(device) if card is None else card,
     )  # fmt: skip
     if seed.device.type == "cpu":
         number = int(seed)

@@ -47,16 +47,48 @@ def channel_of(numbers, column, plane, C: tl.constexpr, NHWC: tl.constexpr, VEC:
 
 
 @triton.jit
+def to_float(bytes, PTX: tl.constexpr):
+    """Bytes as fp32. In PTX by moving each into the low mantissa bits of 2**23: conversions are slow instructions."""
+    if PTX:
+        placed = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $4, 0x4B000000, 0x7540; prmt.b32 $1, $4, 0x4B000000, 0x7541; "
+            "prmt.b32 $2, $4, 0x4B000000, 0x7542; prmt.b32 $3, $4, 0x4B000000, 0x7543;",
+            "=r,=r,=r,=r,r", [bytes], dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+        numbers = placed - 8388608.0
+    else:
+        numbers = bytes.to(tl.float32)
+    return numbers
+
+
+@triton.jit
+def multiply_add(x, scale, shift, INTERPRETED: tl.constexpr):
+    """x * scale + shift in fp32, rounded once. The interpreter rounds twice, so there fp64 holds it exactly."""
+    if INTERPRETED:
+        result = (x.to(tl.float64) * scale.to(tl.float64) + shift.to(tl.float64)).to(tl.float32)
+    else:
+        x, scale = tl.broadcast(x, scale)
+        x, shift = tl.broadcast(x, shift)
+        result = tl.fma(x, scale, shift)
+    return result
+
+
+@triton.jit
 def finish(mixed, pixels, column, plane, LAYOUT: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr):
     """Normalise (where mean is given) and round to the dtype that is stored."""
     C: tl.constexpr = LAYOUT.C
     NHWC: tl.constexpr = LAYOUT.NHWC
     VEC: tl.constexpr = TILE.VEC
-    if pixels.mean is not None:
-        WIDE: tl.constexpr = tl.float64 if mixed.dtype == tl.float64 else tl.float32
-        offset = channel_of(pixels.mean, column, plane, C, NHWC, VEC)
-        scale = channel_of(pixels.rstd, column, plane, C, NHWC, VEC)
-        mixed = (mixed.to(WIDE) - offset) * scale
+    if pixels.scale is not None:
+        shift = channel_of(pixels.shift, column, plane, C, NHWC, VEC)
+        scale = channel_of(pixels.scale, column, plane, C, NHWC, VEC)
+        if pixels.images.dtype.element_ty == tl.uint8:
+            # Raw bytes, or their exact mixture.
+            numbers = to_float(mixed, LAYOUT.PTX) if mixed.dtype == tl.uint8 else mixed
+            mixed = multiply_add(numbers, scale, shift, LAYOUT.INTERPRETED)
+        else:
+            WIDE: tl.constexpr = tl.float64 if mixed.dtype == tl.float64 else tl.float32
+            mixed = (mixed.to(WIDE) - shift) * scale
     elif tl.uint8 == DTYPE and mixed.dtype != tl.uint8:
         mixed = tl.floor(mixed + 0.5)
     return mixed.to(DTYPE)
@@ -77,6 +109,15 @@ def row_bits(words, row, GRID: tl.constexpr):
 def token_bit(bits, column, SPAN: tl.constexpr):
     """Whether each of a row's columns belongs to a masked token of SPAN columns."""
     return ((bits >> (column // SPAN).to(bits.dtype)) & 1) != 0
+
+
+@triton.jit
+def columns(block, BLOCK: tl.constexpr, NEAR: tl.constexpr, WIDTH: tl.constexpr):
+    """The columns [BLOCK] of a block of a line; beyond its end the last NEAR neighbours again."""
+    column = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    if WIDTH % BLOCK != 0:
+        column = column % NEAR + tl.minimum(column - column % NEAR, WIDTH - NEAR)
+    return column
 
 
 @triton.jit
@@ -112,9 +153,13 @@ def take_tokens(
     OH: tl.constexpr = LAYOUT.OH // PACK
     BLOCK: tl.constexpr = TILE.COLS // PACK
     NEAR: tl.constexpr = TILE.VEC // PACK
+    TOGETHER: tl.constexpr = TILE.TOGETHER
     images = pixels.images
     out = pixels.out
     SIZE: tl.constexpr = images.dtype.element_ty.primitive_bitwidth // 8
+    IN_BYTES: tl.constexpr = TILE.VEC * SIZE
+    OUT_BYTES: tl.constexpr = TILE.VEC * (out.dtype.element_ty.primitive_bitwidth // 8)
+    CHUNKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK * PLANES
     WORD: tl.constexpr = tl.int64 if PACK > 1 else images.dtype.element_ty
     OUT_WORD: tl.constexpr = tl.int64 if PACK > 1 else out.dtype.element_ty
     # The address of a token is found in bytes: one selection, one addition.
@@ -127,20 +172,23 @@ def take_tokens(
         tl.pointer_type(OUT_WORD), bitcast=True
     )
     for first in range(0, P, LINES):
-        line = (first + tl.arange(0, LINES)).to(tl.int64)[:, None]
-        for block in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
-            column = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # [BLOCK]
-            # Lanes beyond the edge read the last neighbours again: cheaper than a predicate, which needs zeros too.
-            within = column % NEAR + tl.minimum(column - column % NEAR, WIDTH - NEAR)
-            source = own_row + tl.where(token_bit(bits, column, SPAN), apart, 0)
-            source = source.to(tl.pointer_type(WORD), bitcast=True)[None, :]
-            within = tl.max_contiguous(tl.multiple_of(within * STEP, NEAR), NEAR)[None, :]
-            valid = ((column < WIDTH) if WIDTH % BLOCK != 0 else (column >= 0))[None, :] & (line < P)
-            for plane in tl.static_range(PLANES):
-                at = within + (tl.minimum(line, P - 1) * SH + plane * SC)
-                at = tl.max_contiguous(tl.multiple_of(source + at, (1, NEAR * SIZE * PACK)), (1, NEAR))
-                taken = finish(tl.load(at), pixels, column, plane, LAYOUT, TILE, OUT_WORD)
-                tl.store(out_row + (column[None, :] * OUT_STEP + (line * OH + plane * OC)), taken, valid)
+        # Lanes beyond an edge move the last neighbours again: cheaper than a condition.
+        line = first + tl.arange(0, LINES)
+        line = (tl.minimum(line, P - 1) if P % LINES != 0 else line).to(tl.int64)[:, None]
+        for group in tl.static_range(0, CHUNKS, TOGETHER):
+            taken = ()
+            for chunk in tl.static_range(group, min(group + TOGETHER, CHUNKS)):
+                column = columns(chunk // PLANES, BLOCK, NEAR, WIDTH)  # [BLOCK]
+                source = own_row + tl.where(token_bit(bits, column, SPAN), apart, 0)
+                source = source.to(tl.pointer_type(WORD), bitcast=True)[None, :]
+                at = (column * STEP)[None, :] + (line * SH + (chunk % PLANES) * SC)
+                at = tl.max_contiguous(tl.multiple_of(source + at, (1, IN_BYTES)), (1, NEAR))
+                taken = taken + (tl.load(at),)
+            for chunk in tl.static_range(group, min(group + TOGETHER, CHUNKS)):
+                column = columns(chunk // PLANES, BLOCK, NEAR, WIDTH)
+                value = finish(taken[chunk - group], pixels, column, chunk % PLANES, LAYOUT, TILE, OUT_WORD)
+                at = (column * OUT_STEP)[None, :] + (line * OH + (chunk % PLANES) * OC)
+                tl.store(tl.max_contiguous(tl.multiple_of(out_row + at, (1, OUT_BYTES)), (1, NEAR)), value)
 
 
 @triton.jit

@@ -116,6 +116,8 @@ def write_targets(
         raised += tl.where(drawn.kind > CONST.value.MIXUP, weight - smoothing * 0.5, timm) if RULE.AS_IN_PAPER else timm
         n += 1
     if results.targets is not None:
+        # The side again, from where the loop stopped: a register less while it runs.
+        side = tl.where(same, 2 - n, n - 1)
         rest = tl.div_rn(smoothing, tl.full([], K, tl.float32))
         mine, theirs = tl.where(side == 0, column_i, column_j), tl.where(side == 0, column_j, column_i)
         write_row(results.targets, i * K, side, mine, theirs, rest, rest + raised, K)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..settings import MASK_RULES, MIXUP, Settings
+from ..tables import byte_shift
 from .draw import Draw, counting
 
 __all__ = ["mix_pixels", "swap_pixels"]
@@ -26,11 +27,18 @@ def blend(own: Tensor, other: Tensor, lam: Tensor) -> Tensor:
     return share * own.to(dtype) + (1 - share) * other.to(dtype)
 
 
-def finish(out: Tensor, mixed: Tensor, mean: Tensor | None, std: Tensor | None) -> None:
-    """Normalise (where mean is given), round to the dtype of `out`, write."""
-    if mean is not None and std is not None:
-        dtype = torch.float64 if mixed.dtype == torch.float64 else torch.float32
-        mixed = (mixed.to(dtype) - mean) * (1 / std)
+def finish(out: Tensor, mixed: Tensor, shift: Tensor | None, scale: Tensor | None, of_bytes: bool) -> None:
+    """Normalise (where mean is given), round to the dtype of `out`, write.
+
+    Bytes become mixed * scale + shift, rounded once: float64 holds it exactly (see `tables.byte_shift`). Floats become
+    (mixed - shift) * scale, each step rounded.
+    """
+    if shift is not None and scale is not None:
+        if of_bytes:
+            mixed = mixed.double().mul_(scale).add_(shift).float()
+        else:
+            dtype = torch.float64 if mixed.dtype == torch.float64 else torch.float32
+            mixed = (mixed.to(dtype) - shift) * scale
     elif out.dtype == torch.uint8 and mixed.dtype != torch.uint8:
         mixed = torch.floor(mixed + 0.5)
     out.copy_(mixed)
@@ -74,15 +82,15 @@ def take_rectangles(
 def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
     """out[i] = the own image, with tokens, a rectangle or a share of the partner's; normalised where mean is given."""
     batch, patch, device = len(images), settings.patch_size, images.device
-    mean = std = None
+    shift = scale = None
+    of_bytes = images.dtype == torch.uint8
     if settings.mean:
-        mean, std = (
-            torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1)
-            for numbers in (settings.mean, settings.std)
-        )
+        mean = torch.tensor(settings.mean, dtype=torch.float32)
+        shift = (byte_shift(settings.mean, settings.std) if of_bytes else mean).to(device).view(-1, 1, 1)
+        scale = (1 / torch.tensor(settings.std, dtype=torch.float32)).to(device).view(-1, 1, 1)
     rows = token_rows(images, patch)
     # Rows of `out` are rows of `images` only where both have one layout.
-    same = images.dtype == out.dtype and mean is None and images.is_contiguous() == out.is_contiguous()
+    same = images.dtype == out.dtype and scale is None and images.is_contiguous() == out.is_contiguous()
     direct = token_rows(out, patch) if same else None
     step = max(1, batch // 4) if direct is not None else max(1, batch // 32)
     # A sample that is its own partner is left as it is, in every branch.
@@ -112,7 +120,7 @@ def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settin
                     continue
                 mixed = torch.empty_like(images[chunk])
                 torch.index_select(rows, 0, source, out=token_rows(mixed, patch))
-            finish(out[chunk], mixed, mean, std)
+            finish(out[chunk], mixed, shift, scale, of_bytes)
 
 
 def swap_pixels(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
