@@ -74,7 +74,7 @@ def mix_as_run(run: "Run", batch: Batch, evidence: Evidence, seed: int) -> tuple
 
 def pick_examples(run: "Run", batch: Batch, evidence: Evidence, rows: int) -> list[Example]:
     """Of each of `rows` draws the sample whose weights differ most from the shares of the area."""
-    examples = []
+    examples: list[Example] = []
     labels = batch.labels.tolist()
     for seed in range(run.args.seed, run.args.seed + rows):
         mixed, result = mix_as_run(run, batch, evidence, seed)
