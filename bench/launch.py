@@ -78,12 +78,10 @@ def launch_of(case: Case, device: torch.device | str = "cpu", offset: int = 0) -
     )
     results = Results(out.targets, out.weights, out.mask, None)
     ready = kernels.prepare(
-        images, out.images, inputs.labels, None, evidence_of(inputs), None, torch.tensor(SEED), offset, settings, results,
-        tuple(images.shape), torch.device(device),
+        images, out.images, inputs.labels, None, evidence_of(inputs), None, torch.tensor(SEED), offset, settings,
+        results, tuple(images.shape), torch.device(device),
     )  # fmt: skip
-    return Launch(
-        kernels.mix_kernel, ready.grid, ready.arguments, ready.options, inputs, before, out, offset, settings
-    )
+    return Launch(kernels.mix_kernel, ready.grid, ready.arguments, ready.options, inputs, before, out, offset, settings)
 
 
 def evidence_of(inputs: Inputs) -> Evidence:

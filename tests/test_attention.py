@@ -239,6 +239,7 @@ class Other(nn.Module):
             "needs a class token",
         ),
         ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "map"}, {}, ValueError, "pools by 'map'"),
+        ("cait_xxs24_224", {}, {}, TypeError, "model must have timm's Attention.*TalkingHeadAttn in Cait"),
         (None, {}, {}, TypeError, "model must be a vision transformer.*got Other; use ActivationTeacher"),
     ],
 )  # fmt: skip

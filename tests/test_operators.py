@@ -73,9 +73,7 @@ VARIANTS = {
 def test_opcheck_mix(variant):
     made, settings = VARIANTS[variant]
     given = inputs(**made)
-    torch.library.opcheck(
-        OPS.mix, (given.images, given.images.dtype, *given.rest(SETTINGS._replace(**settings)))
-    )
+    torch.library.opcheck(OPS.mix, (given.images, given.images.dtype, *given.rest(SETTINGS._replace(**settings))))
 
 
 def test_opcheck_mix_normalises_bytes():

@@ -79,8 +79,8 @@ def mix_into(
     return module.mix(images, out, labels, partner, evidence, mask, seed, sample_offset, settings, **options)
 
 
-def split(rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    """(labels, partner, evidence, mask, seed, sample_offset, settings) from an operator's arguments after the images."""
+def split(rest: tuple[Any, ...]) -> tuple[Tensor, Tensor | None, Evidence, Tensor | None, Tensor, int, Settings]:
+    """(labels, partner, evidence, mask, seed, sample_offset, settings) of an operator's arguments."""
     labels, partner, maps, indices, ids, boxes, flips, affines, box_format, mask, seed, sample_offset, settings = rest
     evidence = Evidence(maps, indices, ids, boxes, flips, affines, box_format)
     return labels, partner, evidence, mask, seed, sample_offset, from_text(settings)
@@ -103,9 +103,7 @@ def implementations(module_of: Callable[[Tensor], ModuleType]) -> dict[str, Call
         masks = module_of(seed).token_mask(batch, (grid_h, grid_w), seed, sample_offset, from_text(settings))
         return masks.to(seed.device)
 
-    def pool_targets(
-        labels: Tensor, mask: Tensor, partner: Tensor | None, maps: Tensor, *rest: Any
-    ) -> Tensor:
+    def pool_targets(labels: Tensor, mask: Tensor, partner: Tensor | None, maps: Tensor, *rest: Any) -> Tensor:
         evidence = Evidence(maps, *rest)
         if not maps.is_cuda:
             check_values(labels, partner, evidence, None)

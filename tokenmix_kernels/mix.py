@@ -244,8 +244,8 @@ def tokenmix(
     Args:
         images: [B, C, H, W] float32, float16, bfloat16, float64 or uint8; H and W multiples of patch_size; contiguous,
             channels_last, or any strides. Never changed unless `out` is `images`.
-        labels: [B] class numbers of any integer dtype or bool; or a packed label-map batch [B, 3, k, h, w] float32 of TokenLabeling
-            and the published TokenMix, which holds values, class numbers, crop and label.
+        labels: [B] class numbers of any integer dtype or bool; or a packed label-map batch [B, 3, k, h, w] float32 of
+            TokenLabeling and the published TokenMix, which holds values, class numbers, crop and label.
         num_classes: K.
         maps: activation maps: of the own label [B, h, w], of all classes [B, K, h, w], or `TopKMaps`; up to 64x64
             cells. Without maps, or for an image whose map has no positive sum, weights are shares of the area.
@@ -281,7 +281,8 @@ def tokenmix(
     settings = make_settings(
         num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, given=mask is not None, mode=mode, lam=lam,
         minimum_tokens=minimum_tokens, grid_cell=grid_cell, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0,
-        switch_prob=1.0, minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
+        switch_prob=1.0, minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean,
+        std=std,
     )  # fmt: skip
     mixed, result = run(
         images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, crop_format(crop_axes)), mask, partner,
@@ -320,7 +321,7 @@ def token_mask(
         [B, Gh, Gw] bool, True where the token is to be taken from the partner.
     """
     batch = inputs.as_count("batch", batch, 1)
-    grid_h, grid_w = grid
+    grid_h, grid_w = inputs.as_grid(grid)
     inputs.check_grid(grid_h, grid_w)
     settings = make_settings(
         num_classes=1, patch_size=patch_size, mask_type=mask_type, mode=mode, lam=lam, minimum_tokens=minimum_tokens,
@@ -329,12 +330,12 @@ def token_mask(
     inputs.check_grid_cell(settings, grid_h, grid_w)
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
-    home = torch.device(device)
+    home = inputs.as_device(device)
     key = as_seed(seed, None, home)
     if key.device != home:
         key = key.to(home, non_blocking=True)
     offset = as_offset(sample_offset, batch)
-    module = named_backend(backend)
+    module = named_backend(backend, home)
     if module is not None:
         return module.token_mask(batch, (grid_h, grid_w), key, offset, settings).to(home)
     return dispatch.token_mask(key, offset, batch, grid_h, grid_w, as_text(settings))
@@ -381,9 +382,9 @@ def pool_targets(
     inputs.check_labels(labels, batch, device, inputs.LABEL_DTYPES)
     if partner is not None:
         inputs.check_partner(partner, batch, device)
-    module = named_backend(backend)
+    module = named_backend(backend, device)
     if module is not None:
-        if not device.type == "cuda":
+        if device.type != "cuda":
             inputs.check_values(labels, partner, evidence, None)
         return module.pool_targets(evidence, labels, mask, partner)
     return dispatch.pool_targets(labels, mask, partner, *evidence)
@@ -419,7 +420,7 @@ def make_settings(
     inputs.one_of("mask_type", mask_type, tuple(name for name, rule in MASK_RULES.items() if rule.drawn))
     share, alpha = "the share to keep, in [0, 1], or 'beta'", "in [0, 1000]; 0 switches the branch off"
     if isinstance(lam, str) and lam != "beta":
-        raise ValueError(f"lam must be {share}, got {lam!r}")
+        raise ValueError(f"lam must be {share}, got {inputs.shown(lam)}")
     settings = Settings(
         num_classes=inputs.as_count("num_classes", num_classes, 1),
         patch_size=inputs.as_patch_size(patch_size),
@@ -449,7 +450,8 @@ def result_dtype(dtype: torch.dtype, out_dtype: torch.dtype | None, settings: Se
     plain_bytes = dtype == torch.uint8 and not settings.mean
     if out_dtype not in inputs.IMAGE_DTYPES or (out_dtype == torch.uint8 and not plain_bytes):
         raise TypeError(
-            f"out_dtype must be float32, float16, bfloat16, float64 (or uint8 for plain bytes), got {out_dtype}"
+            "out_dtype must be float32, float16, bfloat16, float64 (or uint8 for plain bytes), got "
+            f"{inputs.shown(out_dtype)}"
         )
     return out_dtype
 
@@ -484,12 +486,23 @@ def as_offset(sample_offset: int | None, batch: int) -> int:
     return 0
 
 
-def named_backend(backend: str) -> ModuleType | None:
+def named_backend(backend: str, device: torch.device) -> ModuleType | None:
     """The module that is asked for by name, or None: the operator decides."""
     inputs.one_of("backend", backend, ("auto", "reference", "triton"))
     if backend == "auto":
         return None
-    return reference if backend == "reference" else dispatch.kernels()
+    if backend == "reference":
+        return reference
+    try:
+        module = dispatch.kernels()
+    except ImportError as error:
+        raise ValueError(f"backend must be 'auto' or 'reference' where {error.name} is not installed") from error
+    if device.type != "cuda" and not module.interpreted():
+        raise ValueError(
+            f"backend must be 'auto' or 'reference' on {device.type}: there the kernels run under Triton's interpreter "
+            "alone, which TRITON_INTERPRET=1 switches on before Triton is imported"
+        )
+    return module
 
 
 def run(
@@ -539,7 +552,7 @@ def run(
         in_place = out is given or (in_memory(images) and inputs.shares_memory(images, target))
         if in_place and settings.mean:
             raise ValueError("out must not be images where mean and std are given: only what moves is touched in place")
-    module = dispatch.kernels() if at_once else named_backend(backend)
+    module = dispatch.kernels() if at_once else named_backend(backend, images.device)
     key = as_seed(seed, generator, images.device)
 
     if module is not None:

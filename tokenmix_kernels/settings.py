@@ -123,7 +123,10 @@ def from_text(text: str) -> Settings:
     """
     try:
         fields = json.loads(text)
-        return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return Settings(**given)
     except (AttributeError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"settings must be a JSON object of the fields of Settings, got {text!r}: {error}") from None
 

@@ -73,7 +73,7 @@ def attention_targets(
     number = inputs.as_number("ratio", number, 0, 1, "a share in [0, 1] or a float32 tensor [B]")
     mix = AttentionMix(attention, mask, kind, lam, ratios, number)
     check_attention(mix, labels, partner)
-    module = named_backend(backend)
+    module = named_backend(backend, labels.device)
     if module is None:
         return dispatch.attention_targets(labels, partner, classes, epsilon, *mix)
     if not labels.is_cuda:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tokenmix_kernels import TokenMix, naive
 
-from . import checkpoint
+from .files import write_lines
 
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 WARM_UP = 2
@@ -220,7 +220,7 @@ def profile_mixers(args: argparse.Namespace) -> dict[str, Any]:
         "mixers": rows,
     }
     output = Path(args.output)
-    checkpoint.write_lines([json.dumps(result, indent=1)], output / "mixers.json")
+    write_lines([json.dumps(result, indent=1)], output / "mixers.json")
     draw(result, output / "mixers.png")
     print(
         f"{args.model}, {args.batch_size} images of {args.input_size}x{args.input_size}, {result['device']}, "

@@ -1,7 +1,5 @@
 """Where the targets' evidence comes from: nowhere (area shares), a map bank, or a teacher that runs along."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -9,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -128,8 +127,11 @@ def open_bank(path: Path, data: Data, device: torch.device, warped: bool) -> Ban
     Raises:
         ValueError: it is a bank of another data set, or no whole bank at all.
     """
-    bank = MapBank.open(path, device=device if device.type == "cuda" else None)
-    bank.check(count=len(data.train), labels=data.labels, digest=data.digest)
+    try:
+        bank = MapBank.open(path, device=device if device.type == "cuda" else None)
+        bank.check(count=len(data.train), labels=data.labels, digest=data.digest)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--maps must be a map bank of --data {data.name}, or area, got {path}: {error}") from error
     return BankEvidence(bank, warped)
 
 
@@ -179,7 +181,12 @@ def _load(args: argparse.Namespace, name: str, data: Data) -> tuple[_Loaded, Pat
     """The teacher as it comes, and the name of its bank, in which everything that its maps depend on has a part."""
     probe = args.data in ("elpv", "cifar10", "cifar100") if args.probe is None else args.probe
     weights = weights_file(name, args.teacher_weights)
-    model: Any = load_teacher(name, weights)
+    if weights is None:
+        check_hub(name)
+    try:
+        model: Any = load_teacher(name, weights)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{'--teacher-weights' if weights else '--teacher'}: {error}") from error
     if not probe and model.num_classes != len(data.classes):
         raise ValueError(
             f"the teacher {name} knows {model.num_classes} classes, the data has {len(data.classes)}: "
@@ -203,6 +210,32 @@ def _fit(args: argparse.Namespace, data: Data, device: torch.device, loaded: _Lo
         )
     maps = ActivationTeacher(model, mean=tuple(loaded.mean), std=tuple(loaded.std))
     return Teacher(maps, loaded.size, loaded.title, path)
+
+
+def check_hub(name: str, timeout: float = 5) -> None:
+    """Make sure that timm can load the pretrained weights of a model, without the minute that its download tries.
+
+    Raises:
+        ValueError: they are neither on this machine nor can the hub be reached.
+    """
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if config is None or not config.hf_hub_id or find_spec("huggingface_hub") is None:
+        return  # other sources fail at once, as does an unknown name
+    import huggingface_hub  # comes with timm
+
+    for file in (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
+        if file and isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file), str):
+            return
+    try:
+        url = huggingface_hub.hf_hub_url(config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
+        huggingface_hub.get_hf_file_metadata(url, timeout=timeout)
+    except huggingface_hub.errors.HfHubHTTPError:
+        return  # the hub answers; what it says is for the loader
+    except Exception as error:  # the hub's client changes its kinds of network errors
+        raise ValueError(
+            f"--teacher {name}: its pretrained weights are not on this machine and {url.split('/')[2]} cannot be "
+            f"reached ({error}); give a file with --teacher-weights, a bank with --maps, or --maps area"
+        ) from error
 
 
 def weights_file(name: str, given: str | None) -> Path | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train import checkpoint
+from train import files
 
 from .plan import Plan
 from .plots import accuracy_plot, occlusion_plot
@@ -37,7 +37,7 @@ def write_page(summary: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     accuracy_plot(summary, output / "study.png")
     occlusion_plot(summary, output / "study-occlusion.png")
-    checkpoint.write_lines([page(summary)], output / "study.md")
+    files.write_lines([page(summary)], output / "study.md")
 
 
 def page(summary: dict[str, Any]) -> str:

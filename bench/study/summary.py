@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenmix_kernels.extras import require
-from train import checkpoint
+from train import files
 
 from .plan import Plan, Spec
 from .runner import finished
@@ -217,7 +217,7 @@ def compact(value: Any, indent: int = 0) -> str:
 
 def save_summary(summary: dict[str, Any], path: Path) -> None:
     """Write a summary, atomically."""
-    checkpoint.write_lines([compact(summary)], path)
+    files.write_lines([compact(summary)], path)
 
 
 def load_summary(path: Path) -> dict[str, Any]:

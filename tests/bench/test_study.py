@@ -240,7 +240,10 @@ def test_selection_reads_held_out_images_only_and_a_killed_run_goes_on(
     held_out = {path for path in set(trained[0]) if path not in after}
     assert len(held_out) == result["images"]["held_out"] == 8, "those that were selected on are not trained on"
     best = max(max(record["val_top1"], record["ema_top1"]) for record in result["history"])
-    assert result["selected_held_out_top1"] == best
+    first = next(r for r in result["history"] if max(r["val_top1"], r["ema_top1"]) == best)
+    weights = "averaged" if first["ema_top1"] >= first["val_top1"] else "raw"
+    selected = (result["selected_epoch"], result["selected_weights"], result["selected_held_out_top1"])
+    assert selected == (first["epoch"] + 1, weights, best)
     assert not (results / "work" / spec.name).exists()
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import socket
 
 import pytest
 import torch
@@ -151,3 +152,35 @@ def test_state_of_the_process_has_no_influence(tmp_path):
     for key, value in expected.items():
         assert found[key].device.type == "cpu" and found[key].dtype == value.dtype
         assert torch.equal(found[key], value)
+
+
+def test_weights_that_cannot_be_downloaded_are_a_sentence_at_once(monkeypatch):
+    def offline(*_arguments, **_options):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    def create(*_arguments, **_options):
+        raise AssertionError("the hub's client would try for a minute")
+
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(socket, "create_connection", offline)
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr("tokenmix_kernels.maps.weights.getproxies", dict)
+    with pytest.raises(ValueError, match=r"weights of resnet50 .*cannot be reached \(Name or service.* give a"):
+        load_teacher("resnet50")
+    with pytest.raises(ValueError, match="timm has no pretrained weights of resnet200"):
+        load_teacher("resnet200")
+
+
+def test_weights_in_the_cache_or_behind_a_proxy_are_left_to_the_hub(monkeypatch):
+    def connect(*_arguments, **_options):
+        raise AssertionError("there is no need to connect")
+
+    model = make("test_resnet", 6)
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(timm, "create_model", lambda *_arguments, pretrained, **_options: model)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    for cached, proxies in ((None, {"https": "http://proxy"}), ("/cache/model.safetensors", {})):
+        monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, cached=cached: cached)
+        monkeypatch.setattr("tokenmix_kernels.maps.weights.getproxies", lambda proxies=proxies: proxies)
+        assert load_teacher("resnet50") is model

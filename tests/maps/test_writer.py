@@ -101,7 +101,7 @@ def test_changed_images_are_told_from_repaired_ones(tmp_path):
     with create(tmp_path / "e.bank") as writer:
         assert not len(writer.compare_images(changed))
         assert writer.compare_images(prints).tolist() == [12]
-        with pytest.raises(ValueError, match="prints must be uint32"):
+        with pytest.raises(ValueError, match="prints must be an array uint32"):
             writer.compare_images(prints[1:])
         writer.write(torch.arange(15, COUNT), random_maps()[15:])
         bank = writer.finish()
@@ -133,7 +133,7 @@ def test_a_writer_killed_while_it_finishes_can_finish_again(tmp_path, monkeypatc
         ([0, COUNT], None, "ids must be in"),
         ([-1, 0], None, "ids must be in"),
         ([5, 5], None, "ids must be different, got 5 2 times"),
-        ([0, 1, 2], None, r"maps must be \[3, 5, 7\], got \[2, 5, 7\]"),
+        ([0, 1, 2], None, r"maps must be a tensor \[3, 5, 7\], got torch.float32 \[2, 5, 7\]"),
     ],
 )
 def test_bad_maps_are_not_written(tmp_path, ids, change, says):
@@ -245,3 +245,50 @@ def test_state_of_the_process_has_no_influence(tmp_path):
             assert content("b") == expected
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+FIVE, HALF, TEXT, PAIR, NOTHING = 5, 2.5, "x", [1, 2], {}
+FOREIGN = [
+    None,
+    FIVE,
+    -1,
+    HALF,
+    TEXT,
+    b"x",
+    (),
+    (1,),
+    PAIR,
+    NOTHING,
+    np.zeros(3),
+    torch.zeros(3),
+    float("nan"),
+    object(),
+]
+FITTING = {  # of the values above, those that an argument may have
+    "sizes": [None], "grid": [PAIR], "teacher": [TEXT], "digest": [TEXT], "inputs": [None, NOTHING],
+    "save_every": [FIVE, HALF],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["count", "grid", "labels", "sizes", "teacher", "digest", "inputs", "save_every"])
+def test_foreign_arguments_are_named_and_leave_no_file(tmp_path, name):
+    for value in FOREIGN:
+        if not any(value is fitting for fitting in FITTING.get(name, [])):
+            named = "labels" if name == "count" and value is FIVE else name  # a count, but of other labels
+            with pytest.raises(ValueError, match=rf"^{named} must"):
+                create(tmp_path / "h.bank", **{name: value})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["ids", "maps", "sizes", "prints"])
+def test_foreign_arguments_are_not_written(tmp_path, name):
+    with create(tmp_path / "h.bank") as writer:
+        for value in FOREIGN:
+            if not any(value is fitting for fitting in FITTING.get(name, [])):
+                with pytest.raises(ValueError, match=rf"^{name} must be"):
+                    if name == "prints":
+                        writer.compare_images(value)
+                    else:
+                        good = {"ids": torch.arange(3), "maps": torch.ones(3, *GRID), "sizes": None}
+                        writer.write(**{**good, name: value})
+        assert len(writer.pending()) == COUNT

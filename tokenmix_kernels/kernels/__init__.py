@@ -2,9 +2,9 @@
 
 from .attention import attention_arguments, attention_kernel, attention_targets
 from .fused import mix_kernel
-from .launch import launch_shape, mix, pool_targets, prepare, token_mask
+from .launch import interpreted, launch_shape, mix, pool_targets, prepare, token_mask
 
 __all__ = [
-    "attention_arguments", "attention_kernel", "attention_targets", "launch_shape", "mix", "mix_kernel", "pool_targets",
-    "prepare", "token_mask",
+    "attention_arguments", "attention_kernel", "attention_targets", "interpreted", "launch_shape", "mix", "mix_kernel",
+    "pool_targets", "prepare", "token_mask",
 ]  # fmt: skip

@@ -308,7 +308,8 @@ def draw(
     WORD: tl.constexpr = tl.uint32 if GRID.GW <= 32 else tl.uint64
     WORDS: tl.constexpr = GRID.WORDS
     key = read_seed(seed, seed_high)
-    sample = tl.cast(sample_offset, tl.int64)
+    # The interpreter's cast alone would leave an offset between 2**31 and 2**32 in 32 bits.
+    sample = tl.cast(sample_offset, tl.int64) + tl.zeros([], tl.int64)
     if RULE.MODE == CONST.value.PAIR:
         sample += tl.minimum(i, j)
     elif RULE.MODE != CONST.value.BATCH:

@@ -100,7 +100,7 @@ class Tables(NamedTuple):
 
 
 class Results(NamedTuple):
-    """targets [B, K] and weights [B, 2] fp32, mask [B, GH, GW] bytes or fp32 shares, kind [B] bytes; each may be None."""
+    """targets [B, K], weights [B, 2] fp32; mask [B, GH, GW] bytes or fp32 shares; kind [B] bytes. Each may be None."""
 
     targets: Any
     weights: Any

@@ -28,9 +28,9 @@ from . import draw
 from .fused import mix_kernel
 from .groups import EvidencePointers, Grid, Layout, MapForm, Normalisation, Pairs, Results, Rule, Strides, Tables, Tile
 
-__all__ = ["Launch", "launch_shape", "mix", "pool_targets", "prepare", "token_mask"]
+__all__ = ["Launch", "interpreted", "launch_shape", "mix", "pool_targets", "prepare", "token_mask"]
 
-NO_STRIDES = (1, 1, 1, 1)
+NO_STRIDES: tuple[int, ...] = (1, 1, 1, 1)
 
 
 class Launch(NamedTuple):
@@ -42,6 +42,11 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         mix_kernel[self.grid](**self.arguments, **self.options)
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets the kernels, which it decides when it is imported."""
+    return not isinstance(mix_kernel, triton.JITFunction)
 
 
 class Fixed(NamedTuple):
@@ -300,7 +305,18 @@ def mix(
         kind = torch.empty(batch, dtype=torch.uint8, device=device)
     results = Results(targets, weights, mask_out, kind)
     prepare(
-        images, out, labels, partner, evidence, mask, seed, sample_offset, settings, results, tuple(images.shape), device
+        images,
+        out,
+        labels,
+        partner,
+        evidence,
+        mask,
+        seed,
+        sample_offset,
+        settings,
+        results,
+        tuple(images.shape),
+        device,
     ).run()
     return Result(targets, mask_out, weights, kind)  # type: ignore[arg-type]
 

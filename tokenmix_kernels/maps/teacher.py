@@ -204,6 +204,9 @@ class ActivationTeacher(nn.Module):
 
     def check(self, images: Tensor, labels: Tensor) -> Tensor:
         """The labels as int64 on the device of the images, after the checks of `raw`."""
+        for name, value in (("images", images), ("labels", labels)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
         if images.ndim != 4:
             raise ValueError(f"images must be [B, C, H, W], got {list(images.shape)}")
         if images.dtype != torch.uint8 and not images.is_floating_point():

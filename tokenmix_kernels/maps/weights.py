@@ -5,9 +5,13 @@ import errno
 import os
 import pickle
 import re
+import socket
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +73,7 @@ def explain(error: Exception) -> str:
     foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
     if foreign:
         return f"it holds objects other than tensors ({foreign[1]}), which could run code: save its state_dict() alone"
-    if isinstance(error, (pickle.UnpicklingError, EOFError, IndexError, UnicodeDecodeError)):
+    if isinstance(error, (pickle.UnpicklingError, EOFError, LookupError, UnicodeDecodeError, struct.error)):
         return "it is not a file of torch.save, or a damaged one"
     if "PytorchStreamReader" in str(error) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
         return "it is truncated or damaged"
@@ -111,6 +115,30 @@ def weights_of(checkpoint: Any) -> dict[str, Tensor]:
     return {WRAPPERS.sub("", name): value for name, value in found.items()}
 
 
+def check_reachable(name: str) -> None:
+    """Raise ValueError where pretrained weights would have to come from a host that cannot be reached.
+
+    The hub's client finds out by itself, after a minute of trials.
+    """
+    config = require("timm").get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise ValueError(f"timm has no pretrained weights of {name}; give a checkpoint file as weights")
+    if not config.hf_hub_id or getproxies():
+        return
+    repository = config.hf_hub_id + (f"{config.architecture}.{config.tag}" if config.hf_hub_id.endswith("/") else "")
+    hub = require("huggingface_hub")
+    if any(hub.try_to_load_from_cache(repository, file) for file in ("model.safetensors", "pytorch_model.bin")):
+        return
+    host = urlsplit(hub.constants.ENDPOINT)
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=10).close()
+    except OSError as error:
+        raise ValueError(
+            f"the pretrained weights of {name} could not be loaded: {host.hostname} cannot be reached "
+            f"({error.strerror or error}); give a checkpoint file as weights"
+        ) from error
+
+
 def load_teacher(
     name: str, weights: str | os.PathLike[str] | None = None, *, num_classes: int | None = None
 ) -> nn.Module:
@@ -133,8 +161,8 @@ def load_teacher(
         ImportError: timm is missing; the message says how to install it.
     """
     timm = require("timm")
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), 3)
+    if not isinstance(name, str) or not timm.is_model(name):
+        close = difflib.get_close_matches(str(name), timm.list_models(), 3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"timm knows no model {name!r}{hint}")
     options = {} if num_classes is None else {"num_classes": as_count("num_classes", num_classes, 1)}
@@ -145,6 +173,7 @@ def load_teacher(
             return timm.create_model(name, pretrained=pretrained, **options).to(torch.float32).eval()
 
     if weights is None:
+        check_reachable(name)
         try:
             return make(pretrained=True)
         except Exception as error:  # the hub client raises many kinds, none of which says what to do

@@ -20,6 +20,7 @@ __all__ = ["Draw", "draw", "partner_of", "philox"]
 HEADER, RECTANGLE, TRIES, KEYS = 0, 1, 2, 3  # streams of the random counters
 LOW32 = 0xFFFFFFFF
 CPU = torch.device("cpu")
+Rectangle = tuple[int, int, int, int]
 
 
 class Draw(NamedTuple):
@@ -35,7 +36,7 @@ class Draw(NamedTuple):
     kind: list[int]
     lam: list[int]
     mask: Tensor
-    rectangle: list[tuple[int, int, int, int]]
+    rectangle: list[Rectangle]
 
 
 def philox(seed: int, samples: Tensor, draws: Tensor, stream: int) -> Tensor:
@@ -181,7 +182,7 @@ TOKEN_RULES: dict[str, Callable[[int, Tensor, list[int], tuple[int, int], int], 
 }
 
 
-def cutmix_rectangle(words: list[int], lam: int, plan: Plan, minmax: bool, height: int, width: int) -> tuple[int, ...]:
+def cutmix_rectangle(words: list[int], lam: int, plan: Plan, minmax: bool, height: int, width: int) -> Rectangle:
     """(top, bottom, left, right) in pixels, as `timm.data.mixup.rand_bbox` and `rand_bbox_minmax` place it."""
     if minmax:
         cut_h = plan.low_h + (words[0] * plan.span_h >> 32)
@@ -197,7 +198,7 @@ def cutmix_rectangle(words: list[int], lam: int, plan: Plan, minmax: bool, heigh
     return top, bottom, left, right
 
 
-def coverage(rectangle: tuple[int, int, int, int], grid: tuple[int, int], patch: int) -> Tensor:
+def coverage(rectangle: Rectangle, grid: tuple[int, int], patch: int) -> Tensor:
     """Pixels of each token inside a rectangle, [Gh, Gw] int64."""
     top, bottom, left, right = rectangle
     rows, columns = counting(grid[0]) * patch, counting(grid[1]) * patch
@@ -225,7 +226,7 @@ def draw(
 
     headers = philox(seed, units, counting(1), HEADER).tolist()
     kinds, lams, tokens = zip(*(header(words, settings, plan, grid[0] * grid[1]) for words in headers), strict=True)
-    rectangles: list[tuple[int, ...]] = [(0, 0, 0, 0)] * len(units)
+    rectangles: list[Rectangle] = [(0, 0, 0, 0)] * len(units)
     masks = torch.zeros(len(units), grid[0] * grid[1], dtype=torch.bool, device=CPU)
     if rule.kind in kinds and not rule.whole_tokens:
         words = philox(seed, units, counting(1), RECTANGLE).tolist()

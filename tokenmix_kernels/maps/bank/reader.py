@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import as_ids
 from .layout import SKIPPED, bank_size, compute_checksum, partial_path, progress_of, read_header, sections_of
 
 __all__ = ["MapBank"]
@@ -122,9 +123,7 @@ class MapBank:
                 on the CPU) an id outside [0, N). Ids on a GPU are not read, for that would wait for the device: one
                 out of range gives an all-zero map, for which the operator falls back to the area share.
         """
-        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1:
-            got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
-            raise ValueError(f"ids must be an int64 tensor of shape [B], got {got}")
+        as_ids(ids)
         if self.device is None:
             self.check_length()
         if ids.device.type == "cpu":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...inputs import as_count
-from . import layout
+from . import checks, layout
 from .files import begin, open_unfinished, remove_leftovers
 from .lock import WriterLock
 from .reader import MapBank
@@ -91,20 +91,14 @@ class MapBankWriter:
         """
         path = Path(path)
         count = as_count("count", count, 1)
-        if len(grid) != 2:
-            raise ValueError(f"grid must be (h, w), got {tuple(grid)}")
-        grid = (as_count("grid", grid[0], 1), as_count("grid", grid[1], 1))
-        given_labels = torch.as_tensor(labels, device="cpu").numpy()
-        if given_labels.shape != (count,) or given_labels.dtype.kind not in "iu":
-            raise ValueError(f"labels must be {count} integers, got {given_labels.dtype} {list(given_labels.shape)}")
-        if sizes is not None and tuple(sizes.shape) != (count, 2):
-            raise ValueError(f"sizes must be [{count}, 2] (height, width), got {list(sizes.shape)}")
+        grid = checks.as_grid(grid)
+        given_labels = checks.as_labels(labels, count)
+        checks.check_sizes(sizes, count)
+        save_every = checks.as_seconds(save_every)
         metadata = {
             "count": count,
             "grid": list(grid),
-            "teacher": teacher,
-            "digest": digest,
-            "inputs": {name: str(value) for name, value in (inputs or {}).items()},
+            **checks.as_metadata(teacher, digest, inputs),
             "complete": False,
             "checksum": None,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -151,10 +145,10 @@ class MapBankWriter:
             FileNotFoundError: no unfinished bank there.
             ValueError: what is there is damaged, or has other inputs.
         """
-        writer = cls(Path(path), None, save_every)
-        expected = {**writer.metadata["inputs"], **{name: str(value) for name, value in (inputs or {}).items()}}
+        writer = cls(Path(path), None, checks.as_seconds(save_every))
         try:
-            writer.compare({**writer.metadata, "inputs": expected})
+            asked = checks.as_metadata(writer.metadata["teacher"], writer.metadata["digest"], inputs)["inputs"]
+            writer.compare({**writer.metadata, "inputs": {**writer.metadata["inputs"], **asked}})
         except ValueError:
             writer.close()
             raise
@@ -188,8 +182,8 @@ class MapBankWriter:
             [M] int64, ascending: images with a map and another fingerprint than when the file was begun or continued.
         """
         section = layout.sections_of(self.metadata["count"], self.grid, unfinished=True)["prints"]
-        if prints.shape != section.shape or prints.dtype != np.uint32:
-            raise ValueError(f"prints must be uint32 {list(section.shape)}, got {prints.dtype} {list(prints.shape)}")
+        if not isinstance(prints, np.ndarray) or prints.shape != section.shape or prints.dtype != np.uint32:
+            raise ValueError(f"prints must be an array uint32 {list(section.shape)}, got {checks.show(prints)}")
         if os.fstat(self.file.fileno()).st_size < section.offset + section.nbytes:
             return torch.empty(0, dtype=torch.int64, device="cpu")  # every map is written, only the end is missing
         known = layout.read_section(self.file, section)
@@ -218,10 +212,8 @@ class MapBankWriter:
             OSError: the disk is full or fails; what was recorded before is kept.
         """
         rows = self.check_ids(ids)
-        if tuple(maps.shape) != (len(rows), *self.grid):
-            raise ValueError(f"maps must be [{len(rows)}, {self.grid[0]}, {self.grid[1]}], got {list(maps.shape)}")
-        if sizes is not None and tuple(sizes.shape) != (len(rows), 2):
-            raise ValueError(f"sizes must be [{len(rows)}, 2] (height, width), got {list(sizes.shape)}")
+        checks.check_maps(maps, len(rows), self.grid)
+        checks.check_sizes(sizes, len(rows))
         content = maps.detach().to("cpu", torch.float32).numpy().reshape(len(rows), -1)
         for what, wrong in (
             ("NaN or infinite", ~np.isfinite(content).all(1)),
@@ -248,10 +240,7 @@ class MapBankWriter:
 
     def check_ids(self, ids: Tensor) -> np.ndarray[Any, Any]:
         """The ids as an array [B], after the checks of `write`."""
-        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1:
-            got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
-            raise ValueError(f"ids must be an int64 tensor of shape [B], got {got}")
-        rows: np.ndarray[Any, Any] = ids.detach().cpu().numpy().copy()
+        rows: np.ndarray[Any, Any] = checks.as_ids(ids).detach().cpu().numpy().copy()
         count = self.metadata["count"]
         if len(rows) and (rows.min() < 0 or rows.max() >= count):
             raise ValueError(f"ids must be in [0, {count}), got {rows.min()} to {rows.max()}")
