@@ -246,4 +246,4 @@ def finish(run: Run, progress: Progress, timer: StepTimer, seconds: float) -> No
     print(f"weights     {output / 'model.safetensors'} ({'averaged' if use_ema else 'raw'}, as timm reads them)")
     if run.args.picture:
         picture = mix_picture(run, output / "mix.png")
-        print(f"picture     {picture or 'none: this mixer has no token masks'}")
+        print(f"picture     {picture}")

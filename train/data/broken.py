@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tokenmix_kernels.maps.folder import fingerprints
 from tokenmix_kernels.photos import ImageError
 
-from .. import checkpoint
+from ..checkpoint import gather
 from ..files import write_lines
 from .dataset import Data, Selection
 
@@ -109,7 +109,7 @@ def find_broken(images: Any, args: argparse.Namespace, title: str) -> dict[int, 
         identity = f"{paths} {fingerprints(paths).tolist()}"
         kept = Path(args.cache) / f"broken-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
     known = read_kept(kept) if rank == 0 else None
-    known = checkpoint.gather(known)[0]
+    known = gather(known)[0]
     if known is not None:
         return known
     share = range(rank, len(images), world)
@@ -119,7 +119,7 @@ def find_broken(images: Any, args: argparse.Namespace, title: str) -> dict[int, 
         for rows, reasons in checked_batches(iter(loader)):
             found |= {row: why for row, why in zip(rows.tolist(), reasons, strict=True) if why}
             bar.update(len(rows))
-    whole = {row: why for part in checkpoint.gather(found) for row, why in part.items()}
+    whole = {row: why for part in gather(found) for row, why in part.items()}
     whole = dict(sorted(whole.items()))
     if rank == 0 and kept is not None:
         write_lines([json.dumps(whole)], kept)

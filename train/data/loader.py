@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -60,11 +60,13 @@ class EpochOrder(Sampler[tuple[int, int, int]]):
         self.rank, self.world, self.seed = rank, world, args.seed
         self.epoch, self.first = 0, 0
         self.sampler: Any
-        self.ids = cast(Any, data.readable())
+        self.ids = data.readable()
         if args.repeated_aug:
             self.sampler = RepeatAugSampler(self.ids, num_replicas=world, rank=rank)
         else:
-            self.sampler = DistributedSampler(self.ids, world, rank, drop_last=len(self.ids) >= world)
+            # Samplers ask for the length only.
+            short = len(self.ids) < world
+            self.sampler = DistributedSampler(self.ids, world, rank, drop_last=not short)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         self.sampler.set_epoch(self.seed * 100_003 + self.epoch)
