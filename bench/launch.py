@@ -81,8 +81,8 @@ def launch_of(
     )
     results = Results(out.targets, out.weights, out.mask, None)
     ready = kernels.prepare(
-        images, out.images, inputs.labels, None, evidence_of(inputs), None, torch.tensor(SEED), offset, settings, results,
-        tuple(images.shape), torch.device(device), card,
+        images, out.images, inputs.labels, None, evidence_of(inputs), None, torch.tensor(SEED), offset, settings,
+        results, tuple(images.shape), torch.device(device), card,
     )  # fmt: skip
     return Launch(kernels.mix_kernel, ready.grid, ready.arguments, ready.options, inputs, before, out, offset, settings)
 

@@ -15,11 +15,15 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import reference
+from .attention_inputs import AttentionMix, check_attention_values
 from .inputs import Evidence, Result, check_values, shares_memory
 from .memory import empty_images
 from .settings import Settings, from_text
 
-__all__ = ["backend_of", "kernels", "mix", "mix_inplace", "mix_into", "mix_out", "pool_targets", "token_mask"]
+__all__ = [
+    "attention_targets", "backend_of", "kernels", "mix", "mix_inplace", "mix_into", "mix_out", "pool_targets",
+    "token_mask",
+]  # fmt: skip
 
 EVIDENCE = "Tensor? indices, Tensor? ids, Tensor? boxes, Tensor? flips, Tensor? affines, str box_format"
 INPUTS = (
@@ -53,17 +57,17 @@ def mix_into(
     seed: Tensor,
     sample_offset: int,
     settings: Settings,
+    in_place: bool = False,
     **options: Any,
 ) -> Result:
-    """Mix by `module`, the reference or the kernels, into `out`; in place where that is `images`.
+    """Mix by `module`, the reference or the kernels, into `out`, which is `images` where the mix is `in_place`.
 
-    Another tensor on the memory of `images` is a result that was to be apart, whatever brought them together (a
-    compiler may drop a clone): the images are then copied first.
+    Otherwise an `out` on the memory of `images` was meant to be apart (a compiler may drop a clone): the images are
+    then copied first.
 
     Raises:
         ValueError: a value out of range (on a CPU), or `out` overlaps with `images` in part.
     """
-    in_place = out is images
     if in_place and settings.mean:
         raise ValueError("out must not be images where mean and std are given: only what moves is touched in place")
     if mask is None and settings.mask_type == "given":
@@ -75,8 +79,8 @@ def mix_into(
     return module.mix(images, out, labels, partner, evidence, mask, seed, sample_offset, settings, **options)
 
 
-def split(rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    """(labels, partner, evidence, mask, seed, sample_offset, settings) from an operator's arguments after the images."""
+def split(rest: tuple[Any, ...]) -> tuple[Tensor, Tensor | None, Evidence, Tensor | None, Tensor, int, Settings]:
+    """(labels, partner, evidence, mask, seed, sample_offset, settings) of an operator's arguments."""
     labels, partner, maps, indices, ids, boxes, flips, affines, box_format, mask, seed, sample_offset, settings = rest
     evidence = Evidence(maps, indices, ids, boxes, flips, affines, box_format)
     return labels, partner, evidence, mask, seed, sample_offset, from_text(settings)
@@ -93,7 +97,7 @@ def implementations(module_of: Callable[[Tensor], ModuleType]) -> dict[str, Call
         return tuple(mix_into(module_of(images), images, out, *split(rest)))
 
     def mix_inplace(images: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        return tuple(mix_into(module_of(images), images, images, *split(rest)))
+        return tuple(mix_into(module_of(images), images, images, *split(rest), in_place=True))
 
     def token_mask(seed: Tensor, sample_offset: int, batch: int, grid_h: int, grid_w: int, settings: str) -> Tensor:
         masks = module_of(seed).token_mask(batch, (grid_h, grid_w), seed, sample_offset, from_text(settings))
@@ -105,8 +109,17 @@ def implementations(module_of: Callable[[Tensor], ModuleType]) -> dict[str, Call
             check_values(labels, partner, evidence, None)
         return module_of(maps).pool_targets(evidence, labels, mask, partner).to(maps.device)
 
+    def attention_targets(
+        labels: Tensor, partner: Tensor | None, num_classes: int, smoothing: float, *rest: Any
+    ) -> Tensor:
+        mix = AttentionMix(*rest)
+        if not labels.is_cuda:
+            check_attention_values(mix, labels, partner, num_classes)
+        return module_of(labels).attention_targets(mix, labels, partner, num_classes, smoothing)
+
     return {
         "mix": mix, "mix_out": mix_out, "mix_": mix_inplace, "token_mask": token_mask, "pool_targets": pool_targets,
+        "attention_targets": attention_targets,
     }  # fmt: skip
 
 
@@ -114,9 +127,10 @@ def fake_result(images: Tensor, text: str) -> tuple[Tensor, Tensor, Tensor, Tens
     settings = from_text(text)
     batch, _, height, width = images.shape
     patch = settings.patch_size
+    mask_dtype = torch.float32 if settings.shares else torch.bool
     return (
         images.new_empty(batch, settings.num_classes, dtype=torch.float32),
-        images.new_empty(batch, height // patch, width // patch, dtype=torch.bool),
+        images.new_empty(batch, height // patch, width // patch, dtype=mask_dtype),
         images.new_empty(batch, 2, dtype=torch.float32),
         images.new_empty(batch, dtype=torch.uint8),
     )
@@ -140,6 +154,10 @@ def fake_token_mask(seed: Tensor, sample_offset: int, batch: int, grid_h: int, g
 
 def fake_pool_targets(labels: Tensor, mask: Tensor, partner: Tensor | None, maps: Tensor, *rest: Any) -> Tensor:
     return maps.new_empty(mask.shape[0], 2, dtype=torch.float32)
+
+
+def fake_attention_targets(labels: Tensor, partner: Tensor | None, num_classes: int, *rest: Any) -> Tensor:
+    return labels.new_empty(labels.shape[0], num_classes, dtype=torch.float32)
 
 
 BODIES = implementations(backend_of)
@@ -173,8 +191,18 @@ pool_targets = custom_op(
     mutates_args=(),
     schema=f"(Tensor labels, Tensor mask, Tensor? partner, Tensor maps, {EVIDENCE}) -> Tensor",
 )
+attention_targets = custom_op(
+    "tokenmix_kernels::attention_targets",
+    BODIES["attention_targets"],
+    mutates_args=(),
+    schema=(
+        "(Tensor labels, Tensor? partner, int num_classes, float smoothing, Tensor attention, Tensor mask, "
+        "Tensor? kind, Tensor? lam, Tensor? ratios, float ratio) -> Tensor"
+    ),
+)
 mix.register_fake(fake_mix)
 mix_out.register_fake(fake_mix_out)
 mix_inplace.register_fake(fake_mix_inplace)
 token_mask.register_fake(fake_token_mask)
 pool_targets.register_fake(fake_pool_targets)
+attention_targets.register_fake(fake_attention_targets)
