@@ -19,8 +19,8 @@ from torch.utils.data import Subset
 from torchvision.transforms import RandomResizedCrop
 
 from tokenmix_kernels import pool_targets, token_mask
-from tokenmix_kernels.activation import ActivationTeacher, load_teacher
-from tokenmix_kernels.bank import MapBank, MapBankWriter
+from tokenmix_kernels.maps.bank import MapBank, MapBankWriter
+from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher
 from train.config import parse
 from train.data import Data, load_data
 from train.teacher import LITE0, LITE0_MEAN, LITE0_STD, Teacher, fit_probe, make_teacher, weights_file, whole_maps

@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from tokenmix_kernels import kernels
+from tokenmix_kernels.attention_inputs import AttentionMix
 from tokenmix_kernels.inputs import Evidence
 from tokenmix_kernels.kernels.groups import Results
 from tokenmix_kernels.kernels.launch import Launch
@@ -101,6 +102,7 @@ MOVES = {
     "fp32 patch 8, 384": case(torch.float32, shape=(3, 384, 384), patch_size=8),
     "fp16 random": case(mask_type="random"),
     "fp16 given": case(mask_type="given"),
+    "fp16 grid": case(mask_type="grid"),
 }
 # What else is compiled: other draws, all forms of maps, awkward shapes.
 OTHERS = {
@@ -308,3 +310,29 @@ def test_the_listing_is_read_rightly():
     assert accesses(SimpleNamespace(asm={"amdgcn": gcn}), "gfx942") == [
         ("load", "global", 16), ("store", "shared", 4), ("store", "global", 1)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["fp16", "mixup and cutmix, as timm"])
+def test_a_mask_of_shares_compiles_without_spills(name, target, tmp_path):
+    ready = launch(**(MOVES | OTHERS)[name])
+    results = ready.arguments["results"]._replace(mask=torch.empty(128, 14, 14, device=META))
+    used = resources(compiled(ready._replace(arguments=ready.arguments | {"results": results})), target, tmp_path)
+    assert used.spilled == 0 and used.registers <= (128 if target == "gfx942" else 64)
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("form", ["plain", "all"])
+def test_targets_by_attention_compile_without_spills(form, classes, target, tmp_path):
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=META)
+
+    mix = AttentionMix(empty(128, 196), empty(128, 14, 14, dtype=torch.bool))
+    if form == "all":
+        mix = AttentionMix(
+            empty(128, 196, dtype=HALF), empty(128, 14, 14), empty(128, dtype=torch.uint8), empty(128), empty(128)
+        )
+    labels = empty(128, dtype=torch.int64)
+    partner = labels if form == "all" else None
+    grid, arguments = kernels.attention_arguments(empty(128, classes), mix, labels, partner, 0.1)
+    used = resources(kernels.attention_kernel.warmup(grid=grid, **arguments), target, tmp_path)
+    assert used.spilled == 0 and used.registers <= 64

@@ -6,13 +6,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from mix_helpers import (
-    mask_stats,
-)
+from mix_helpers import mask_stats
 from scipy import special, stats
 
 from tokenmix_kernels import token_mask
-from tokenmix_kernels.reference import philox
+from tokenmix_kernels.reference.draw import philox
 from tokenmix_kernels.tables import beta_table, ratio_table
 
 
@@ -73,7 +71,8 @@ def test_block_masks_have_the_published_distribution(name):
     for an unlucky seed.
     """
     published = mask_stats()[name]
-    count = 100_000 if published["n"] > 50_000 else 40_000
+    # The default at full power; the others differ from it in the number of tokens alone.
+    count = 40_000 if name == "lam0.5_min14" else 10_000
     mask = torch.cat(
         [
             token_mask(
@@ -156,7 +155,7 @@ def plain_block_mask(rng, grid_h, grid_w, tokens):
 @pytest.mark.parametrize("grid, lam, least", [((2, 2), 0.5, 14), ((5, 9), 0.5, 3), ((12, 3), 0.2, 0), ((8, 8), 0.4, 5)])
 def test_block_masks_of_other_grids_have_the_distribution_of_a_plain_loop(grid, lam, least):
     rng = random.Random(0)
-    plain, count = 4000, 40_000
+    plain, count = 2000, 10_000
     size = grid[0] * grid[1]
     theirs = torch.zeros(plain, *grid, dtype=torch.bool)
     for n in range(plain):
@@ -183,7 +182,7 @@ def test_a_grid_of_one_row_or_column_has_no_rectangle(grid):
     "lam, least, wanted", [(0.5, 14, 112), (1.0, 0, 0), (1.0, 3, 3), (0.0, 0, 196), (0.25, 9, 156)]
 )
 def test_random_masks_have_exactly_the_tokens_and_no_pattern(lam, least, wanted):
-    count = 20_000
+    count = 10_000
     mask = token_mask(count, (14, 14), lam=lam, minimum_tokens=least, mask_type="random", seed=1)
     assert (mask.sum((1, 2)) == wanted).all()
     share = wanted / 196
@@ -200,7 +199,7 @@ def test_random_masks_have_exactly_the_tokens_and_no_pattern(lam, least, wanted)
 
 @pytest.mark.parametrize("mask_type", ["block", "random"])
 def test_drawn_lam_sets_the_tokens(mask_type):
-    count = 20_000
+    count = 8_000
     mask = token_mask(count, (8, 8), lam="beta", minimum_tokens=5, mask_type=mask_type, seed=5)
     tokens = mask.sum((1, 2))
     if mask_type == "random":

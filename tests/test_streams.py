@@ -17,9 +17,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from test_train import assert_same_run
 from torchvision.datasets import ImageFolder
-from train_helpers import finish, make_bank, make_folder, start, tiny
+from train_helpers import assert_same_run, finish, make_bank, make_folder, start, tiny
 
 from train import checkpoint
 from train.config import parse

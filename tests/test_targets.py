@@ -148,7 +148,7 @@ def test_packed_label_maps(axes):
         torch.rand(batch, 4, generator=source) * torch.tensor([0.4, 0.3, 0.5, 0.6]) + 0.05
     )  # top, left, height, width
     top, left, height, width = crops.unbind(1)
-    if axes == "right":
+    if axes == "correct":
         boxes = torch.stack([left, top, left + width, top + height], 1)
     else:
         boxes = torch.stack([top, left, top + height, left + width], 1)

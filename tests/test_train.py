@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +15,20 @@ import pytest
 import timm
 import torch
 from torchvision.datasets import ImageFolder
-from train_helpers import family, finish, make_bank, make_folder, start, tiny
+from train_helpers import assert_same_run, finish_all, launch, make_bank, make_folder, tiny
+from train_workers import train_and_record, train_quietly
 
 from tokenmix_kernels import TopKMaps, tokenmix
 from train import checkpoint
 from train.config import load_recipe, parse
 from train.data import EpochOrder, load_data
+from train.files import write_atomic
 from train.guard import NonFiniteLoss, replay
-from train.loop import mixing_seed, train
-from train.picture import token_evidence
-from train.profile_mixers import PublishedWay, profile_mixers
+from train.loop import train
+from train.picture import as_evidence, token_evidence
+from train.profile_mixers import PublishedMix, profile_mixers
 from train.run import build
-from train.study import extreme_tokens, replace_tokens
+from train.step import mixing_seed
 from train.teacher import make_evidence, probe
 
 
@@ -50,80 +49,38 @@ def bank(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bank(tmp_path_factory.mktemp("bank") / "maps.bank", ImageFolder(folder / "train"))
 
 
-def records(output: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bit-equal weights, averages, moments, random states and records."""
-    assert records(one) == records(other)
-    a, b = checkpoint.load(one / "last.pt"), checkpoint.load(other / "last.pt")
-    for name in ("model", "ema"):
-        assert a[name].keys() == b[name].keys()
-        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
-    for index, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(state[key], b["optimizer"]["state"][index][key]) for key in state)
-    assert a["scheduler"] == b["scheduler"]
-    for ours, theirs in zip(a["rng"], b["rng"], strict=True):
-        assert torch.equal(ours["torch"], theirs["torch"])
-
-
-def kill_after_save(process: subprocess.Popen[str], last: Path, seen: float) -> float:
-    """Kill -9 all of a run's processes as soon as it has written a checkpoint later than `seen`."""
+def kill_after_save(processes: Sequence[BaseProcess], last: Path) -> None:
+    """Kill -9 all of a run's processes as soon as it has written a checkpoint."""
     limit = time.monotonic() + 60
-    while not (last.is_file() and last.stat().st_mtime > seen):
-        assert process.poll() is None, process.communicate()[0]
+    while not last.is_file():
+        assert all(process.is_alive() for process in processes), "the run ended before it was killed"
         assert time.monotonic() < limit, "no checkpoint in a minute"
         time.sleep(0.002)
-    for pid in family(process.pid):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    return last.stat().st_mtime
+    for process in processes:
+        process.kill()
+        process.join()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_resumed_run_is_the_same_run(folder: Path, bank: Path, tmp_path: Path, processes: int) -> None:
-    settings = [
-        "--save-every",
-        "2",
-        "--maps",
-        str(bank),
-        "--accumulate",
-        "2",
-        "--clip-grad",
-        "1",
-        "--batch-size",
-        str(8 // processes),
-    ]
+def test_killed_and_resumed_run_of_two_processes_is_the_same_run(folder: Path, bank: Path, tmp_path: Path) -> None:
+    settings = ["--save-every", "2", "--maps", str(bank), "--accumulate", "2", "--clip-grad", "1", "--batch-size", "4"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    if processes == 1:
-        train(parse(tiny(folder, whole, *settings)))
-    else:
-        finish(start(tiny(folder, whole, *settings), processes))
-    seen = 0.0
-    for _ in range(2 if processes == 1 else 1):
-        # Other workers, other progress of the data loader: samples must not depend on them.
-        arguments = tiny(folder, broken, *settings, "--resume", "auto", "--num-workers", str(2 - processes))
-        seen = kill_after_save(start(arguments, processes), broken / "last.pt", seen)
+    finish_all(launch(train_quietly, tiny(folder, whole, *settings), 2))
+    # Other workers, other progress of the data loader: samples must not depend on them.
+    arguments = tiny(folder, broken, *settings, "--resume", "auto")
+    kill_after_save(launch(train_quietly, [*arguments, "--num-workers", "1"], 2), broken / "last.pt")
     state = checkpoint.load(broken / "last.pt")["progress"]
     assert state["epoch"] < 2, "the run was over before it was killed"
-    (broken / "last.pt.tmp").write_bytes(b"half a checkpoint")
-    output = finish(start(tiny(folder, broken, *settings, "--resume", "auto"), processes))
-    assert f"epoch {state['epoch']}, step {state['step']}" in output
+    finish_all(launch(train_quietly, arguments, 2))
     assert_same_run(whole, broken)
 
 
 def test_two_processes_draw_the_masks_of_one(folder: Path, tmp_path: Path) -> None:
     settings = ["--max-steps", "3", "--epochs", "1", "--mixup", "0", "--aa", "none"]
-    recorder = Path(__file__).with_name("train_recorder.py")
     masks: dict[int, list[torch.Tensor]] = {}
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        output.mkdir()
-        arguments = tiny(folder, output / "run", *settings, "--batch-size", str(16 // processes))
-        finish(start([str(output), *arguments], processes, recorder))
+        arguments = tiny(folder, output, *settings, "--batch-size", str(16 // processes))
+        finish_all(launch(train_and_record, arguments, processes))
         calls = [torch.load(output / f"calls-{rank}.pt") for rank in range(processes)]
         masks[processes] = [torch.cat([taken(calls[rank][step]) for rank in range(processes)]) for step in range(3)]
     for step in range(3):
@@ -249,11 +206,18 @@ def test_recipes_hold_deits_numbers() -> None:
         assert args.model == f"deit_{model}_patch16_224"
         # DeiT, table 9: 1024 images, 300 epochs, AdamW 0.0005 * batch / 512, decay 0.05, warmup 5, smoothing 0.1, ...
         assert args.lr * args.batch_size * 8 / 512 == 1e-3
+        # In the file itself: the flags' defaults are DeiT's too, so an empty recipe would pass all the rest.
+        stated = {"model", "epochs", "opt", "lr", "weight_decay", "batch_size",
+                  "warmup_epochs", "smoothing", "drop_path",
+                  "aa", "reprob", "mixup", "cutmix", "repeated_aug", "model_ema_decay", "mixer", "mask_type",
+                  "bce_loss", "mixup_prob", "mixup_switch_prob", "input_size", "scale", "min_lr",
+                  "warmup_lr"}  # fmt: skip
+        assert stated <= load_recipe(name).keys(), stated - load_recipe(name).keys()
         assert (args.epochs, args.opt, args.weight_decay, args.warmup_epochs) == (300, "adamw", 0.05, 5)
         assert (args.smoothing, args.drop_path, args.aa, args.reprob) == (0.1, 0.1, "rand-m9-mstd0.5-inc1", 0.25)
         assert (args.mixup, args.cutmix, args.repeated_aug, args.model_ema_decay) == (0.8, 1.0, True, 0.99996)
-        # TokenMix: block masks, 14 tokens beside half of them, binary cross entropy.
-        assert (args.mixer, args.mask_type, args.minimum_tokens, args.bce_loss) == ("tokenmix", "block", 14, True)
+        # TokenMix: block masks, 14 tokens (the default of 14x14) beside half of them, binary cross entropy.
+        assert (args.mixer, args.mask_type, args.minimum_tokens, args.bce_loss) == ("tokenmix", "block", None, True)
     assert parse(["--recipe", "deit_s", "--epochs", "7"]).epochs == 7
     with pytest.raises(ValueError, match="--recipe must be one of"):
         load_recipe("deit_xxl")
@@ -284,11 +248,12 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         file.write(b"half")
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.write_atomic(path, fail)
+    with pytest.raises(OSError, match=r"last\.pt cannot be written: no space"):
+        write_atomic(path, fail)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"], "half a file was left"
     assert checkpoint.load(path) == {"step": 1}
     path.write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match=r"not a file of torch\.save"):
         checkpoint.load(path)
 
 
@@ -316,18 +281,18 @@ def test_picture_weights_are_the_evidence_it_shows(folder: Path, bank: Path, tmp
         minimum_tokens=2,
         mode="elem",
     )
-    evidence = token_evidence(places, batch.labels, (mixed.mask.shape[1], mixed.mask.shape[2]))
+    evidence = token_evidence(as_evidence(places), batch.labels, (mixed.mask.shape[1], mixed.mask.shape[2]))
     torch.testing.assert_close((evidence * ~mixed.mask).sum((1, 2)), mixed.weights[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close((evidence.flip(0) * mixed.mask).sum((1, 2)), mixed.weights[:, 1], rtol=0, atol=1e-5)
 
 
-def test_published_way_and_ours_agree() -> None:
+def test_published_mix_of_the_profile_and_ours_agree() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(6, 3, 56, 56, generator=generator)
     labels = torch.randint(20, (6,), generator=generator)
     values = torch.rand(6, 3, 18, 18, generator=generator)
     indices = ((labels[:, None] + torch.arange(3)) % 20)[:, :, None, None].expand(values.shape).contiguous()
-    mixed, targets = PublishedWay(values, indices, 20, 8, 3)(images.clone(), labels)
+    mixed, targets = PublishedMix(values, indices, 20, 8, 3)(images.clone(), labels)
     mask = (mixed != images).any(1).unflatten(1, (7, 8)).unflatten(3, (7, 8)).any(4).any(2)  # [B, 7, 7]
     assert bool((mask == mask[0]).all()) and 24 + 3 - 2 <= int(mask[0].sum()) <= 24 + 3
     ours = tokenmix(images, labels, num_classes=20, maps=TopKMaps(values, indices), mask=mask, patch_size=8)
@@ -341,18 +306,6 @@ def test_profile_writes_all_mixers(tmp_path: Path) -> None:
     for row in profile["mixers"].values():
         assert 0 < row["mixing_ms"] < row["step_ms"]
     assert (tmp_path / "mixers.png").is_file()
-
-
-def test_study_pastes_over_the_evidence() -> None:
-    evidence = torch.rand(5, 3, 4, generator=torch.Generator().manual_seed(0))
-    most, least = extreme_tokens(evidence, 4, True), extreme_tokens(evidence, 4, False)
-    assert most.flatten(1).sum(1).tolist() == [4] * 5 and not (most & least).any()
-    for i in range(5):
-        assert evidence[i][most[i]].min() >= evidence[i][~most[i]].max()
-        assert evidence[i][least[i]].max() <= evidence[i][~least[i]].min()
-    images, others = torch.zeros(5, 3, 6, 8), torch.ones(5, 3, 6, 8)
-    replaced = replace_tokens(images, others, most)
-    assert torch.equal(replaced[:, 0, 1::2, 1::2].bool(), most) and replaced.sum() == 5 * 4 * 4 * 3
 
 
 @pytest.mark.skipif(find_spec("elpv_dataset") is None, reason="elpv-dataset is not installed (extra demo)")

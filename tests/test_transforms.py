@@ -17,9 +17,8 @@ from timm.data.auto_augment import AugmentOp  # noqa: E402
 from tokenmix_kernels.transforms import (  # noqa: E402
     EvalTransform,
     Geometry,
-    TrackedTransform,
-    _as_geometry,
-    _Recorder,
+    Recorder,
+    as_geometry,
     tracked_transform,
 )
 
@@ -99,7 +98,7 @@ def test_images_are_those_of_timm(config, interpolation):
 
 def test_posterize_keeps_a_bit():
     transform = tracked_transform(32, auto_augment="rand-m10-n1-p1-inc1")
-    transform._steps[0].ops = [op for op in transform._steps[0].ops if op.name == "PosterizeIncreasing"]
+    transform.steps[0].ops = [op for op in transform.steps[0].ops if op.name == "PosterizeIncreasing"]
     assert set(transform(noise_image(60, 50))[0].unique().tolist()) == {0, 128}
 
 
@@ -109,7 +108,7 @@ def test_affine_tells_where_each_pixel_came_from(names, size):
     count = len(names[:2])
     config = f"rand-m9-n{count}-p1-mstd2-inc1"
     transform = tracked_transform(size, scale=(0.3, 1.0), auto_augment=config)
-    policy = transform._steps[0]
+    policy = transform.steps[0]
     policy.ops = [op for op in policy.ops if op.name in names]
     assert len(policy.ops) == len(names)
     for seed in range(6):
@@ -127,20 +126,20 @@ def test_absolute_translations_of_autoaugment_policies():
     track = []
     for name, size in (("TranslateX", (128, 96)), ("TranslateY", (96, 128))):
         operation = AugmentOp(name, 1.0, 6, fill)
-        operation.aug_fn = _Recorder(name, operation.aug_fn, track)
+        operation.aug_fn = Recorder(name, operation.aug_fn, track)
         pixels = torch.from_numpy(np.asarray(operation(ramp_image(*size))).copy()).permute(2, 0, 1)
-        assert_geometry_tells_the_source(pixels, _as_geometry((0.0, 0.0, 1.0, 1.0), False, track[-1:]), 0.5)
+        assert_geometry_tells_the_source(pixels, as_geometry((0.0, 0.0, 1.0, 1.0), False, track[-1:]), 0.5)
     assert len(track) == 2
 
 
 def test_box_and_flip_say_all_without_geometric_operations():
     transform = tracked_transform((48, 80), geometric=False, auto_augment="rand-m9-n3-mstd0.5-inc1")
-    assert not {op.name for op in transform._steps[0].ops} & set(GEOMETRIC)
-    assert len(transform._steps[0].ops) == 10
+    assert not {op.name for op in transform.steps[0].ops} & set(GEOMETRIC)
+    assert len(transform.steps[0].ops) == 10
     weighted = tracked_transform(48, geometric=False, auto_augment="rand-m9-tweights-inc1")
-    assert not {op.name for op in weighted._steps[0].ops} & set(GEOMETRIC)
+    assert not {op.name for op in weighted.steps[0].ops} & set(GEOMETRIC)
     policy = tracked_transform(48, geometric=False, auto_augment="original")
-    assert not {op.name for steps in policy._steps[0].policy for op in steps} & set(GEOMETRIC)
+    assert not {op.name for steps in policy.steps[0].policy for op in steps} & set(GEOMETRIC)
     for seed in range(8):
         for chosen in (transform, weighted, policy):
             seed_all(seed)
@@ -256,7 +255,7 @@ def test_a_pickled_copy_tracks_for_itself():
         ({"ratio": (0.0, 1.0)}, "ratio must be"),
         ({"hflip": 1.5}, "hflip must be a probability"),
         ({"erasing": -0.1}, "erasing must be a probability"),
-        ({"size": 0}, "size must be positive"),
+        ({"size": 0}, "size must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments(arguments, says):
@@ -265,9 +264,74 @@ def test_bad_arguments(arguments, says):
 
 
 def test_bad_crop_share():
-    with pytest.raises(ValueError, match=r"crop_pct must lie in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"crop_pct must be in \(0, 1\]"):
         EvalTransform(32, crop_pct=1.5)
 
 
-def test_class_and_function_agree():
-    assert isinstance(tracked_transform(32), TrackedTransform)
+TRANSFORMS = {
+    "tracked": {"auto_augment": "3a", "color_jitter": [0.3, 0.3, 0.3, 0.1], "erasing": 1.0},
+    "rand": {"erasing": 1.0, "erasing_mode": "rand"},
+}
+
+
+def results(make, image):
+    """What a transform makes of an image with ten seeds, as numbers."""
+    transform = make()
+    found = []
+    for seed in range(10):
+        seed_all(seed)
+        pixels, geometry = transform(image)
+        assert all(tensor.device.type == "cpu" for tensor in (pixels, *geometry))
+        found.append((pixels.tolist(), *(tensor.tolist() for tensor in geometry)))
+    return found
+
+
+@pytest.mark.parametrize("state", ["default dtype", "default device", "autocast", "deterministic"])
+@pytest.mark.parametrize("name", [*TRANSFORMS, "eval"])
+def test_state_of_the_process_has_no_influence(name, state):
+    def make():
+        return EvalTransform(16) if name == "eval" else tracked_transform(16, **TRANSFORMS[name])
+
+    image = noise_image(40, 30)
+    expected = results(make, image)
+    try:
+        if state == "default dtype":
+            torch.set_default_dtype(torch.float64)
+        if state == "deterministic":
+            torch.use_deterministic_algorithms(True)
+        context = {"default device": torch.device("meta"), "autocast": torch.autocast("cpu", torch.bfloat16)}
+        with context.get(state, torch.no_grad()):
+            found = results(make, image)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+    assert found == expected
+
+
+@pytest.mark.parametrize("make", [lambda: tracked_transform(16, auto_augment=None, color_jitter=None), EvalTransform])
+def test_16_bit_images_are_scaled(make):
+    """A 16-bit image gives what its 8-bit version gives, not a white page."""
+    narrow = np.random.default_rng(0).integers(0, 256, (40, 30)).astype(np.uint8)
+    wide = Image.fromarray(narrow.astype(np.uint16) * 257)
+    assert wide.mode == "I;16"
+    transform = make() if make is not EvalTransform else make(16)
+    seed_all(3)
+    expected = transform(Image.fromarray(narrow))[0]
+    seed_all(3)
+    assert torch.equal(transform(wide)[0], expected) and expected.float().std() > 10
+
+
+def test_numbers_may_come_from_numpy():
+    image = noise_image(40, 30)
+    ours = tracked_transform(
+        np.int64(16), scale=np.array([0.5, 1.0]), hflip=np.float32(0.5), auto_augment=None,
+        color_jitter=np.float32(0.5), mean=np.full(3, 0.5), std=np.full(3, 0.25, np.float32), erasing=np.float64(1),
+    )  # fmt: skip
+    plain = tracked_transform(
+        16, scale=(0.5, 1.0), auto_augment=None, color_jitter=0.5, mean=(0.5,) * 3, std=(0.25,) * 3, erasing=1.0
+    )
+    seed_all(1)
+    expected = plain(image)[0]
+    seed_all(1)
+    assert torch.equal(ours(image)[0], expected)
+    assert EvalTransform(np.array([16, 24]), crop_pct=np.float32(1))(image)[0].shape == (3, 16, 24)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tokenmix_kernels.bank import MapBankWriter
 from tokenmix_kernels.maps import folder_digest
+from tokenmix_kernels.maps.bank import MapBankWriter
+from train import checkpoint
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
@@ -76,7 +80,48 @@ def finish(process: subprocess.Popen[str], timeout: float = 100) -> str:
     return output
 
 
-def family(pid: int) -> list[int]:
-    """A process and all that descend from it; torchrun puts its own into sessions of their own."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(member for child in children for member in family(int(child)))]
+def launch(target: Callable[[list[str]], None], arguments: list[str], processes: int) -> list[BaseProcess]:
+    """Call target(arguments) in processes joined as torchrun does, forked from a server that has imported torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.loop"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started: list[BaseProcess] = []
+    for rank in range(processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        started.append(context.Process(target=call_at, args=(environment, target, arguments)))
+        started[-1].start()
+    return started
+
+
+def call_at(environment: dict[str, str], target: Callable[[list[str]], None], arguments: list[str]) -> None:
+    os.environ.update(environment)
+    target(arguments)
+
+
+def finish_all(processes: Sequence[BaseProcess], timeout: float = 100) -> None:
+    """Wait for processes that must succeed."""
+    for process in processes:
+        process.join(timeout)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit-equal weights, averages, moments, random states and records."""
+    assert records(one) == records(other)
+    a, b = checkpoint.load(one / "last.pt"), checkpoint.load(other / "last.pt")
+    for name in ("model", "ema"):
+        assert a[name].keys() == b[name].keys()
+        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
+    for index, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[key], b["optimizer"]["state"][index][key]) for key in state)
+    assert a["scheduler"] == b["scheduler"]
+    for ours, theirs in zip(a["rng"], b["rng"], strict=True):
+        assert torch.equal(ours["torch"], theirs["torch"])

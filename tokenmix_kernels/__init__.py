@@ -1,7 +1,12 @@
 """TokenMix for vision transformers, in one call."""
 
-from .mix import Mixed, TokenMix, TopKMaps, pool_targets, token_mask, tokenmix
+from .attention import ClassAttention
+from .mix import Mix, Mixed, TokenMix, TopKMaps, pool_targets, token_mask, tokenmix
+from .transmix import attention_targets, progressive_ratio
 
-__all__ = ["Mixed", "TokenMix", "TopKMaps", "__version__", "pool_targets", "token_mask", "tokenmix"]
+__all__ = [
+    "ClassAttention", "Mix", "Mixed", "TokenMix", "TopKMaps", "__version__", "attention_targets", "pool_targets",
+    "progressive_ratio", "token_mask", "tokenmix",
+]  # fmt: skip
 
 __version__ = "0.1.0"

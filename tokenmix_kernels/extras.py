@@ -1,19 +1,20 @@
 """Import of the optional libraries, with one clear sentence when one of them is missing."""
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 
 __all__ = ["require"]
 
+# Modules that are not called as their package is.
+PACKAGES = {"PIL": "Pillow"}
+
 
 def require(module: str, *, extra: str = "maps") -> ModuleType:
-    """Import `module`, which belongs to the optional dependencies named `extra`.
+    """Import a module of the optional dependencies.
 
     Args:
         module: dotted name of the module, e.g. ``"torchvision.datasets"``.
-        extra: the extra of this package that brings it.
+        extra: the extra of this package that installs it.
 
     Raises:
         ImportError: the library is not installed; the message says how to install it.
@@ -23,7 +24,8 @@ def require(module: str, *, extra: str = "maps") -> ModuleType:
     except ModuleNotFoundError as error:
         library = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != library:
-            raise  # the library is there, something that it needs itself is not
+            raise  # the library is installed, something that it needs itself is not
+        package = PACKAGES.get(library, library)
         raise ImportError(
-            f"{library} is needed for this and is not installed: pip install 'tokenmix_kernels[{extra}]'"
+            f"{package} is needed for this and is not installed: pip install 'tokenmix_kernels[{extra}]'"
         ) from error

@@ -69,7 +69,8 @@ class Result(NamedTuple):
 
     Attributes:
         targets: [B, K] float32.
-        mask: [B, Gh, Gw] bool, True where the token is taken from the partner (of a rectangle, by more than half).
+        mask: [B, Gh, Gw] bool, True where the token is taken from the partner (of a rectangle, by more than half); or
+            float32, the share of each token, where the settings say shares.
         weights: [B, 2] float32, what is left of the own image and of the partner.
         kind: [B] uint8, `COPY`, `MIXUP` or the kind of a mask rule.
     """
@@ -88,17 +89,25 @@ def names(*dtypes: torch.dtype) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+def shown(value: Any) -> str:
+    """A wrong value in a message of one line."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {names(value.dtype)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def as_number(name: str, value: Any, low: float, high: float, what: str) -> float:
     """A Python float from a number of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-        raise ValueError(f"{name} must be {what}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
+        raise ValueError(f"{name} must be {what}, got {shown(value)}")
     return float(value)
 
 
 def as_count(name: str, value: Any, low: int) -> int:
     """A Python int from a whole number of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value < 2**31:
-        raise ValueError(f"{name} must be a whole number of at least {low}, below 2**31, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) < 2**31:
+        raise ValueError(f"{name} must be a whole number of at least {low}, below 2**31, got {shown(value)}")
     return int(value)
 
 
@@ -108,38 +117,55 @@ def as_numbers(name: str, values: Any) -> tuple[float, ...]:
         return ()
     try:
         return tuple(float(value) for value in values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a sequence of numbers, got {values!r}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a sequence of numbers, got {shown(values)}") from error
 
 
 def as_patch_size(value: Any) -> int:
     """A side from a number or a pair of equal numbers, as timm's models have it."""
     if isinstance(value, (tuple, list)):
         if len(value) != 2 or value[0] != value[1]:
-            raise ValueError(f"patch_size must be one side, or two equal ones, got {value!r}")
+            raise ValueError(f"patch_size must be one side, or two equal ones, got {shown(value)}")
         value = value[0]
     return as_count("patch_size", value, 1)
+
+
+def as_grid(value: Any) -> tuple[int, int]:
+    """(Gh, Gw) from a pair of whole numbers."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"grid must be a pair of whole numbers, got {shown(value)}")
+    return as_count("grid", value[0], 0), as_count("grid", value[1], 0)
+
+
+def as_device(value: Any) -> torch.device:
+    """A device from one or its name."""
+    try:
+        if not isinstance(value, (str, torch.device)):
+            raise TypeError
+        return torch.device(value)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"device must be a torch.device or its name, got {shown(value)}") from error
 
 
 def as_offset(value: Any) -> Any:
     """A sample offset as an int; a symbolic integer of a traced graph is left as it is."""
     if isinstance(value, torch.SymInt):
         return value
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**62:
-        raise TypeError(f"sample_offset must be a whole number in [0, 2**62), got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**62:
+        raise TypeError(f"sample_offset must be a whole number in [0, 2**62), got {shown(value)}")
     return int(value)
 
 
 def as_seed_number(value: Any) -> int:
     """A 64-bit integer of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not -(2**63) <= value < 2**63:
-        raise ValueError(f"seed must be a 64-bit integer or a 0-d int64 tensor, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"seed must be a 64-bit integer or a 0-d int64 tensor, got {shown(value)}")
     return int(value)
 
 
 def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {shown(value)}")
 
 
 def check_settings(settings: Settings) -> None:
@@ -147,7 +173,7 @@ def check_settings(settings: Settings) -> None:
     one_of("mask_type", settings.mask_type, tuple(MASK_RULES))
     one_of("mode", settings.mode, tuple(MODES))
     if not isinstance(settings.correct_lam, bool):
-        raise ValueError(f"correct_lam must be True or False, got {settings.correct_lam!r}")
+        raise ValueError(f"correct_lam must be True or False, got {shown(settings.correct_lam)}")
     if settings.mixup_alpha == 0 and settings.cutmix_alpha == 0:
         raise ValueError("one of mixup_alpha and cutmix_alpha must be above 0, else there is nothing to mix")
     if settings.minmax and not (len(settings.minmax) == 2 and 0 <= settings.minmax[0] <= settings.minmax[1] <= 1):
@@ -169,6 +195,14 @@ def check_grid(grid_h: int, grid_w: int) -> None:
         )
 
 
+def check_grid_cell(settings: Settings, grid_h: int, grid_w: int) -> None:
+    """Raise ValueError for a grid mask of one cell, which would take all of the image or nothing."""
+    if settings.mask_type == "grid" and settings.grid_cell >= max(grid_h, grid_w):
+        raise ValueError(
+            f"grid_cell must be below the longer side of the token grid, {grid_h}x{grid_w}, got {settings.grid_cell}"
+        )
+
+
 def check_tensor(
     name: str,
     tensor: Any,
@@ -182,7 +216,8 @@ def check_tensor(
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be {'one of ' * (len(dtypes) > 1)}{names(*dtypes)}, got {names(tensor.dtype)}")
+        known = f"{'one of ' * (len(dtypes) > 1)}{names(*dtypes)}"
+        raise TypeError(f"{name} must be {known}{what}, got {names(tensor.dtype)}")
     if shape is not None and tensor.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}{what}, got {show(tensor)}")
     if contiguous and not tensor.is_contiguous():
@@ -218,6 +253,7 @@ def check_images(images: Tensor, settings: Settings) -> None:
     if height % patch or width % patch or not height or not width:
         raise ValueError(f"images must have sides that are multiples of patch_size {patch}, got {height}x{width}")
     check_grid(height // patch, width // patch)
+    check_grid_cell(settings, height // patch, width // patch)
     if settings.mean:
         if len(settings.mean) != channels:
             raise ValueError(
@@ -276,7 +312,8 @@ def check_evidence(evidence: Evidence, batch: int, device: torch.device) -> None
             raise ValueError("affines must not be given together with boxes or flips, which they hold")
         check_tensor("affines", evidence.affines, (torch.float32,), device, (batch, 2, 3), contiguous=True)
     if evidence.boxes is not None:
-        check_tensor("boxes", evidence.boxes, FLOATS, device, (batch, 4), ", one (x0, y0, x1, y1) for each image")
+        what = ", one (x0, y0, x1, y1) in [0, 1] for each image"
+        check_tensor("boxes", evidence.boxes, FLOATS, device, (batch, 4), what)
     if evidence.flips is not None:
         check_tensor("flips", evidence.flips, (torch.bool,), device, (batch,), contiguous=True)
 

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import get_worker_info
 
 from . import dispatch, inputs, reference
-from .inputs import Evidence, TopKMaps
-from .settings import Settings, as_text
+from .inputs import Evidence, Result, TopKMaps
+from .settings import MASK_RULES, Settings, as_text
 
-__all__ = ["Mixed", "TokenMix", "TopKMaps", "pool_targets", "token_mask", "tokenmix"]
+__all__ = ["Mix", "Mixed", "TokenMix", "TopKMaps", "pool_targets", "token_mask", "tokenmix"]
 
 
 Maps = Tensor | TopKMaps
@@ -42,6 +42,25 @@ class Mixed(NamedTuple):
     weights: Tensor
 
 
+class Mix(NamedTuple):
+    """How a batch was mixed: what `attention_targets` takes beside the attention, on the images' device.
+
+    Attributes:
+        mask: [B, Gh, Gw] float32, the share of each token that was taken from the partner; 0 where a sample was blended
+            or left as it is.
+        labels: [B] class numbers of the images themselves.
+        partner: [B] indices of the partners, whose labels are labels[partner]; None: the batch reversed.
+        kind: [B] uint8, 0: left as it is, 1: blended (Mixup), above: mixed by the mask.
+        lam: [B] float32, weight of the own label in the targets, before smoothing.
+    """
+
+    mask: Tensor
+    labels: Tensor
+    partner: Tensor | None
+    kind: Tensor
+    lam: Tensor
+
+
 class TokenMix(nn.Module):
     """Mix a batch of images and its labels; in place of `timm.data.Mixup` in a training loop.
 
@@ -58,12 +77,14 @@ class TokenMix(nn.Module):
         mode: who shares a draw: 'batch' (all), 'pair' (an image and its partner) or 'elem' (nobody).
         correct_lam: CutMix weights follow the area that the image's border leaves of the rectangle, not the drawn lam.
             Token masks always follow what was masked.
-        label_smoothing: epsilon of the targets.
+        label_smoothing: epsilon of the targets: the paper's for 'block' and 'random', else timm's.
         num_classes: K, classes of the targets.
-        mask_type: the second branch: 'block' (several rectangles of tokens, the paper's), 'random' (single tokens) or
-            'cutmix' (one rectangle of pixels, as timm draws it).
+        mask_type: the second branch: 'block' (several rectangles of tokens, the paper's), 'random' (single tokens),
+            'grid' (square cells of tokens, MixPro's MaskMix with lam='beta') or 'cutmix' (one rectangle of pixels, as
+            timm draws it).
         minimum_tokens: tokens that are masked beside the (1 - lam) * G. Not given: G / 14, which is the published
-            code's 14 where the grid has 14x14 tokens.
+            code's 14 where the grid has 14x14 tokens; none of mask_type 'grid'.
+        grid_cell: side of a cell in tokens (mask_type 'grid'). MixPro's DeiT-T and DeiT-S have 4.
         lam: share kept from the own image in the second branch, or 'beta' for Beta(cutmix_alpha, cutmix_alpha).
             timm's CutMix is mask_type='cutmix', lam='beta'.
         patch_size: P, side of a token in pixels; a pair of equal sides, as timm's models have it, is taken too.
@@ -72,6 +93,7 @@ class TokenMix(nn.Module):
         out_dtype: dtype of the mixed images; the images' own if not given, float32 for uint8 with mean and std.
         crop_axes: how the crop in a packed label-map batch is read: 'correct', or 'published' for the published code's,
             which takes top for left.
+        return_mix: give a `Mix` as third result, from which `attention_targets` makes targets after the forward pass.
 
     Attributes:
         mixup_enabled: False returns the images unmixed (normalised where mean is given) with smoothed labels, as a
@@ -98,21 +120,25 @@ class TokenMix(nn.Module):
         *,
         mask_type: str = "block",
         minimum_tokens: int | None = None,
+        grid_cell: int = 4,
         lam: float | str = 0.5,
         patch_size: int | tuple[int, int] = 16,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         out_dtype: torch.dtype | None = None,
         crop_axes: str = "correct",
+        return_mix: bool = False,
     ) -> None:
         super().__init__()
         self.settings = make_settings(
             num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, mode=mode, lam=lam,
-            minimum_tokens=minimum_tokens, mixup_alpha=mixup_alpha,
+            minimum_tokens=minimum_tokens, grid_cell=grid_cell, mixup_alpha=mixup_alpha,
             # timm: with minmax the rectangle's size is not a matter of lam, and the branch is always on.
             cutmix_alpha=1.0 if cutmix_minmax is not None else cutmix_alpha, prob=prob, switch_prob=switch_prob,
             minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
         )  # fmt: skip
+        self.return_mix = bool(return_mix)
+        self.settings = self.settings._replace(shares=self.return_mix)
         self.unmixed = self.settings._replace(prob=0.0)
         self.out_dtype = out_dtype
         self.crop_format = crop_format(crop_axes)
@@ -122,7 +148,10 @@ class TokenMix(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_made" in self.__dict__ and name not in ("mixup_enabled", "training") and not name.startswith("_"):
-            fixed = (*Settings._fields, "settings", "unmixed", "out_dtype", "crop_format", "mix_prob", "cutmix_minmax")
+            fixed = (
+                *Settings._fields, "settings", "unmixed", "out_dtype", "crop_format", "mix_prob", "cutmix_minmax",
+                "return_mix",
+            )  # fmt: skip
             if type(self) is TokenMix or name in fixed:
                 raise AttributeError(
                     f"{name} must not be set: it would change nothing. Make a new TokenMix with the setting, or switch "
@@ -146,20 +175,23 @@ class TokenMix(nn.Module):
         sample_offset: int | None = None,
         out: Tensor | None = None,
         backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mix]:
         """Mix a batch; in eval mode, or where mixup_enabled is False, only normalise it and smooth its labels.
 
         Arguments, forms of `maps` and errors are those of `tokenmix`.
 
         Returns:
-            (images [B, C, H, W], targets [B, num_classes] float32).
+            (images [B, C, H, W], targets [B, num_classes] float32), and a `Mix` where return_mix is True.
         """
         settings = self.settings if self.mixup_enabled and self.training else self.unmixed
-        mixed = run(
+        mixed, result = run(
             images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, self.crop_format), None, partner,
-            seed, generator, sample_offset, out, self.out_dtype, backend, settings, whole=False,
+            seed, generator, sample_offset, out, self.out_dtype, backend, settings, whole=self.return_mix,
         )  # fmt: skip
-        return mixed[0], mixed[1]
+        if not self.return_mix:
+            return mixed, result.targets
+        numbers = unpack_label_maps(labels, None, None)[3].long() if labels.dim() == 5 else labels
+        return mixed, result.targets, Mix(result.mask, numbers, partner, result.kind, result.weights[:, 0])
 
     def extra_repr(self) -> str:
         shown = {name: value for name, value in self.settings._asdict().items() if value != ()}
@@ -183,6 +215,7 @@ def tokenmix(
     patch_size: int | tuple[int, int] = 16,
     lam: float | str = 0.5,
     minimum_tokens: int | None = None,
+    grid_cell: int = 4,
     mask_type: str = "block",
     mode: str = "batch",
     label_smoothing: float = 0.1,
@@ -205,13 +238,14 @@ def tokenmix(
     grid by the rule of torchvision's `roi_align` (aligned=False, adaptive sampling) and divided by its sum, the weights
     are w_own = sum (1 - M) A_n[own] and w_partner = sum M A_n[partner]. Own label and partner's label get
     w - eps / 2 + eps / K, every other class eps / K; equal labels add up. The weights need not add up to 1: the method
-    trains with binary cross-entropy. With mask_type 'cutmix' targets are timm's, w * (1 - eps) + eps / K.
+    trains with binary cross-entropy. With mask_type 'cutmix' or
+    'grid' targets are timm's, w * (1 - eps) + eps / K.
 
     Args:
         images: [B, C, H, W] float32, float16, bfloat16, float64 or uint8; H and W multiples of patch_size; contiguous,
             channels_last, or any strides. Never changed unless `out` is `images`.
-        labels: [B] class numbers of any integer dtype or bool; or a packed label-map batch [B, 3, k, h, w] float32 of TokenLabeling
-            and the published TokenMix, which holds values, class numbers, crop and label.
+        labels: [B] class numbers of any integer dtype or bool; or a packed label-map batch [B, 3, k, h, w] float32 of
+            TokenLabeling and the published TokenMix, which holds values, class numbers, crop and label.
         num_classes: K.
         maps: activation maps: of the own label [B, h, w], of all classes [B, K, h, w], or `TopKMaps`; up to 64x64
             cells. Without maps, or for an image whose map has no positive sum, weights are shares of the area.
@@ -223,8 +257,8 @@ def tokenmix(
             source, as `transforms.Geometry.affine` has it.
         mask: [B, Gh, Gw] bool, True = from the partner; drawn if not given.
         partner: [B] int64 or int32 indices; the batch reversed if not given.
-        patch_size, lam, minimum_tokens, mask_type, mode, label_smoothing, cutmix_alpha, cutmix_minmax, correct_lam,
-            mean, std, out_dtype, crop_axes: as for `TokenMix`.
+        patch_size, lam, minimum_tokens, grid_cell, mask_type, mode, label_smoothing, cutmix_alpha, cutmix_minmax,
+            correct_lam, mean, std, out_dtype, crop_axes: as for `TokenMix`.
         seed: key of all draws, an integer or a 0-d int64 tensor on the CPU or on the images' device. Drawn from
             torch's CPU generator, or `generator`, if not given. The same seed gives the same masks on every device.
         generator: where a seed that is not given comes from. In a worker of a DataLoader, where all workers have a copy
@@ -246,13 +280,15 @@ def tokenmix(
     """
     settings = make_settings(
         num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, given=mask is not None, mode=mode, lam=lam,
-        minimum_tokens=minimum_tokens, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0, switch_prob=1.0,
-        minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
+        minimum_tokens=minimum_tokens, grid_cell=grid_cell, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0,
+        switch_prob=1.0, minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean,
+        std=std,
     )  # fmt: skip
-    return run(
+    mixed, result = run(
         images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, crop_format(crop_axes)), mask, partner,
         seed, generator, sample_offset, out, out_dtype, backend, settings,
     )  # fmt: skip
+    return Mixed(mixed, *result[:3])
 
 
 def token_mask(
@@ -261,6 +297,7 @@ def token_mask(
     *,
     lam: float | str = 0.5,
     minimum_tokens: int | None = None,
+    grid_cell: int = 4,
     mask_type: str = "block",
     mode: str = "elem",
     cutmix_alpha: float = 1.0,
@@ -275,8 +312,8 @@ def token_mask(
     Args:
         batch: B.
         grid: (Gh, Gw), up to 64x64 tokens.
-        lam, minimum_tokens, mask_type, mode, cutmix_alpha, seed, sample_offset, backend: as for `tokenmix`. Of a
-            CutMix rectangle, the tokens that it covers by more than half.
+        lam, minimum_tokens, grid_cell, mask_type, mode, cutmix_alpha, seed, sample_offset, backend: as for `tokenmix`.
+            Of a CutMix rectangle, the tokens that it covers by more than half.
         patch_size: side of a token in pixels, which CutMix rectangles depend on.
         device: where the masks are wanted; the seed's if not given.
 
@@ -284,20 +321,21 @@ def token_mask(
         [B, Gh, Gw] bool, True where the token is to be taken from the partner.
     """
     batch = inputs.as_count("batch", batch, 1)
-    grid_h, grid_w = grid
+    grid_h, grid_w = inputs.as_grid(grid)
     inputs.check_grid(grid_h, grid_w)
     settings = make_settings(
         num_classes=1, patch_size=patch_size, mask_type=mask_type, mode=mode, lam=lam, minimum_tokens=minimum_tokens,
-        cutmix_alpha=cutmix_alpha,
+        grid_cell=grid_cell, cutmix_alpha=cutmix_alpha,
     )  # fmt: skip
+    inputs.check_grid_cell(settings, grid_h, grid_w)
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
-    home = torch.device(device)
+    home = inputs.as_device(device)
     key = as_seed(seed, None, home)
     if key.device != home:
         key = key.to(home, non_blocking=True)
     offset = as_offset(sample_offset, batch)
-    module = named_backend(backend)
+    module = named_backend(backend, home)
     if module is not None:
         return module.token_mask(batch, (grid_h, grid_w), key, offset, settings).to(home)
     return dispatch.token_mask(key, offset, batch, grid_h, grid_w, as_text(settings))
@@ -344,9 +382,9 @@ def pool_targets(
     inputs.check_labels(labels, batch, device, inputs.LABEL_DTYPES)
     if partner is not None:
         inputs.check_partner(partner, batch, device)
-    module = named_backend(backend)
+    module = named_backend(backend, device)
     if module is not None:
-        if not device.type == "cuda":
+        if device.type != "cuda":
             inputs.check_values(labels, partner, evidence, None)
         return module.pool_targets(evidence, labels, mask, partner)
     return dispatch.pool_targets(labels, mask, partner, *evidence)
@@ -366,6 +404,7 @@ def make_settings(
     mode: str,
     lam: float | str,
     minimum_tokens: int | None,
+    grid_cell: int = 4,
     given: bool = False,
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 1.0,
@@ -378,10 +417,10 @@ def make_settings(
     std: Sequence[float] | None = None,
 ) -> Settings:
     """Checked settings from a caller's arguments; `given` where the mask is an input, whatever mask_type says."""
-    inputs.one_of("mask_type", mask_type, ("block", "random", "cutmix"))
+    inputs.one_of("mask_type", mask_type, tuple(name for name, rule in MASK_RULES.items() if rule.drawn))
     share, alpha = "the share to keep, in [0, 1], or 'beta'", "in [0, 1000]; 0 switches the branch off"
     if isinstance(lam, str) and lam != "beta":
-        raise ValueError(f"lam must be {share}, got {lam!r}")
+        raise ValueError(f"lam must be {share}, got {inputs.shown(lam)}")
     settings = Settings(
         num_classes=inputs.as_count("num_classes", num_classes, 1),
         patch_size=inputs.as_patch_size(patch_size),
@@ -389,6 +428,7 @@ def make_settings(
         mode=mode,
         lam=-1.0 if isinstance(lam, str) else inputs.as_number("lam", lam, 0, 1, share),
         minimum_tokens=-1 if minimum_tokens is None else inputs.as_count("minimum_tokens", minimum_tokens, 0),
+        grid_cell=inputs.as_count("grid_cell", grid_cell, 1),
         mixup_alpha=inputs.as_number("mixup_alpha", mixup_alpha, 0, 1000, alpha),
         cutmix_alpha=inputs.as_number("cutmix_alpha", cutmix_alpha, 0, 1000, alpha),
         prob=inputs.as_number("prob", prob, 0, 1, "a probability in [0, 1]"),
@@ -410,7 +450,8 @@ def result_dtype(dtype: torch.dtype, out_dtype: torch.dtype | None, settings: Se
     plain_bytes = dtype == torch.uint8 and not settings.mean
     if out_dtype not in inputs.IMAGE_DTYPES or (out_dtype == torch.uint8 and not plain_bytes):
         raise TypeError(
-            f"out_dtype must be float32, float16, bfloat16, float64 (or uint8 for plain bytes), got {out_dtype}"
+            "out_dtype must be float32, float16, bfloat16, float64 (or uint8 for plain bytes), got "
+            f"{inputs.shown(out_dtype)}"
         )
     return out_dtype
 
@@ -445,12 +486,23 @@ def as_offset(sample_offset: int | None, batch: int) -> int:
     return 0
 
 
-def named_backend(backend: str) -> ModuleType | None:
+def named_backend(backend: str, device: torch.device) -> ModuleType | None:
     """The module that is asked for by name, or None: the operator decides."""
     inputs.one_of("backend", backend, ("auto", "reference", "triton"))
     if backend == "auto":
         return None
-    return reference if backend == "reference" else dispatch.kernels()
+    if backend == "reference":
+        return reference
+    try:
+        module = dispatch.kernels()
+    except ImportError as error:
+        raise ValueError(f"backend must be 'auto' or 'reference' where {error.name} is not installed") from error
+    if device.type != "cuda" and not module.interpreted():
+        raise ValueError(
+            f"backend must be 'auto' or 'reference' on {device.type}: there the kernels run under Triton's interpreter "
+            "alone, which TRITON_INTERPRET=1 switches on before Triton is imported"
+        )
+    return module
 
 
 def run(
@@ -468,7 +520,7 @@ def run(
     backend: str,
     settings: Settings,
     whole: bool = True,
-) -> Mixed:
+) -> tuple[Tensor, Result]:
     """Check, and call the operator that fits `out`, or the kernels at once.
 
     `places` is the evidence without its maps; `whole` False where images and targets are all that is wanted.
@@ -500,22 +552,22 @@ def run(
         in_place = out is given or (in_memory(images) and inputs.shares_memory(images, target))
         if in_place and settings.mean:
             raise ValueError("out must not be images where mean and std are given: only what moves is touched in place")
-    module = dispatch.kernels() if at_once else named_backend(backend)
+    module = dispatch.kernels() if at_once else named_backend(backend, images.device)
     key = as_seed(seed, generator, images.device)
 
     if module is not None:
         place = images if in_place else torch.empty_like(images, dtype=dtype) if out is None else target
         options = {} if module is reference else {"whole": whole}
         result = dispatch.mix_into(
-            module, images, place, labels, partner, evidence, mask, key, offset, settings, **options
+            module, images, place, labels, partner, evidence, mask, key, offset, settings, in_place, **options
         )
-        return Mixed(as_given(place, given) if out is None else out, *result[:3])
+        return as_given(place, given) if out is None else out, result
     rest = (labels, partner, *evidence, mask, key, offset, as_text(settings))
     if out is None:
         mixed, *result = dispatch.mix(images, dtype, *rest)
-        return Mixed(as_given(mixed, given), *result[:3])
+        return as_given(mixed, given), Result(*result)
     result = dispatch.mix_inplace(images, *rest) if in_place else dispatch.mix_out(images, target, *rest)
-    return Mixed(out, *result[:3])
+    return out, Result(*result)
 
 
 def is_tv_tensor(tensor: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,21 +25,24 @@ class MaskRule(NamedTuple):
 
     Attributes:
         kind: number of samples that are mixed by this rule.
-        whole_tokens: False where a rectangle of pixels is taken, which may cut tokens. Targets of whole tokens have
-            the paper's smoothing, those of rectangles timm's.
+        whole_tokens: False where a rectangle of pixels is taken, which may cut tokens.
         drawn: False where the mask is an input.
+        as_in_paper: whether targets are smoothed and tokens added to the drawn share as the TokenMix paper does; False:
+            targets are smoothed as timm does, and no tokens are added unless asked for.
     """
 
     kind: int
     whole_tokens: bool = True
     drawn: bool = True
+    as_in_paper: bool = True
 
 
 MASK_RULES = {
     "block": MaskRule(2),
     "random": MaskRule(3),
-    "cutmix": MaskRule(4, whole_tokens=False),
+    "cutmix": MaskRule(4, whole_tokens=False, as_in_paper=False),
     "given": MaskRule(5, drawn=False),
+    "grid": MaskRule(6, as_in_paper=False),
 }
 GIVEN = MASK_RULES["given"].kind
 
@@ -53,7 +56,8 @@ class Settings(NamedTuple):
         mask_type: a name of `MASK_RULES`.
         mode: which samples share a draw: 'batch', 'pair' or 'elem'.
         lam: share kept from the own image in the second branch; below 0 it comes from Beta(cutmix_alpha, cutmix_alpha).
-        minimum_tokens: tokens added to the (1 - lam) * G that are masked; -1 for the paper's 14 of 196, in proportion.
+        minimum_tokens: tokens added to the (1 - lam) * G that are masked; -1 for the rule's own number: the paper's 14
+            of 196, in proportion, or none.
         mixup_alpha: the first branch is Mixup with this Beta; 0 switches the branch off.
         cutmix_alpha: the Beta of the second branch; 0 switches the branch off.
         prob: probability that a draw mixes at all.
@@ -62,6 +66,8 @@ class Settings(NamedTuple):
         correct_lam: CutMix weights follow the clipped area, not the drawn lam.
         label_smoothing: epsilon of the targets.
         mean, std: per-channel normalisation, or empty.
+        grid_cell: side of a grid mask's cells in tokens.
+        shares: the mask that is returned is float32, the share of each token that comes from the partner.
     """
 
     num_classes: int
@@ -79,17 +85,33 @@ class Settings(NamedTuple):
     label_smoothing: float = 0.1
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    grid_cell: int = 4
+    shares: bool = False
 
 
-@torch.compiler.assume_constant_result
 def as_text(settings: Settings) -> str:
     """The settings as JSON, as the operators take them. A traced graph holds the text as a constant."""
-    return cached_text(settings)
+    # json.dumps and caches cannot be traced, string formatting can.
+    return write_text(settings) if torch.compiler.is_compiling() else cached_text(settings)
 
 
-@lru_cache(maxsize=256)
-def cached_text(settings: Settings) -> str:
-    return json.dumps(settings._asdict())
+def write_text(settings: Settings) -> str:
+    fields = [f'"{name}": {literal(value)}' for name, value in zip(Settings._fields, settings, strict=True)]
+    return "{" + ", ".join(fields) + "}"
+
+
+def literal(value: Any) -> str:
+    """A field in JSON."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join([literal(part) for part in value]) + "]"
+    return f"{value}"
+
+
+cached_text = lru_cache(maxsize=256)(write_text)
 
 
 @lru_cache(maxsize=256)
@@ -101,7 +123,10 @@ def from_text(text: str) -> Settings:
     """
     try:
         fields = json.loads(text)
-        return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return Settings(**given)
     except (AttributeError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"settings must be a JSON object of the fields of Settings, got {text!r}: {error}") from None
 
@@ -138,7 +163,9 @@ def make_plan(settings: Settings, height: int, width: int) -> Plan:
         switch_prob = settings.switch_prob
     else:
         switch_prob = 1.0 if settings.cutmix_alpha > 0 else 0.0
-    least = (count + 7) // 14 if settings.minimum_tokens < 0 else min(settings.minimum_tokens, count)
+    least = min(settings.minimum_tokens, count)
+    if settings.minimum_tokens < 0:
+        least = (count + 7) // 14 if MASK_RULES[settings.mask_type].as_in_paper else 0
     rectangle: tuple[int, ...] = ()
     if settings.minmax:
         low, high = settings.minmax

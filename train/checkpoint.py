@@ -1,61 +1,74 @@
-"""Checkpoints that are whole or absent, and the random states that make a resumed run the same run."""
-
-from __future__ import annotations
+"""Checkpoints with a digest, and the random states that make a resumed run the same run."""
 
 import argparse
-import os
+import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from tokenmix_kernels.maps.weights import read_tensors
+
+from .files import write_atomic
+
+__all__ = ["best_is", "digest", "gather", "load", "plain_args", "rng_state", "save", "set_rng_state"]
 
 
-def write_atomic(path: Path, write: Any) -> None:
-    """Call write(binary file) so that path holds the old content or all of the new, whatever happens.
-
-    The new content goes to a file beside it, to the disk, and only then takes the name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def digest(value: Any) -> str:
+    """SHA-256 of nested dicts, sequences, tensors and plain values, with types, names and shapes."""
+    sha = hashlib.sha256()
+    feed(sha, value)
+    return sha.hexdigest()
 
 
-def save(state: Mapping[str, Any], path: Path) -> None:
-    """torch.save, atomically."""
-    write_atomic(path, lambda file: torch.save(dict(state), file))
+def feed(sha: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        sha.update(f"dict {len(value)}\n".encode())
+        for key, item in value.items():
+            sha.update(f"{key!r}\n".encode())
+            feed(sha, item)
+    elif isinstance(value, (list, tuple)):
+        sha.update(f"{type(value).__name__} {len(value)}\n".encode())
+        for item in value:
+            feed(sha, item)
+    elif isinstance(value, Tensor):
+        sha.update(f"{value.dtype} {list(value.shape)}\n".encode())
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        sha.update(f"{type(value).__name__} {value!r}\n".encode())
 
 
-def write_lines(lines: Iterable[str], path: Path) -> None:
-    """Text lines, atomically."""
-    write_atomic(path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
+def save(state: Mapping[str, Any], path: Path, previous: Path | None = None) -> None:
+    """Write a checkpoint with its digest, atomically; the one that was there is kept as `previous` if that is given."""
+    content = dict(state)
+    write_atomic(path, lambda file: torch.save(content | {"digest": digest(content)}, file), previous)
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A checkpoint onto the CPU; only tensors and plain Python values are accepted.
+    """Read a checkpoint that `save` wrote onto the CPU; only tensors and plain Python values are accepted.
 
     Raises:
-        ValueError: no such file, or not one that this trainer wrote.
+        ValueError: no such file, not one that this trainer wrote, or a damaged one.
     """
     if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}")
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint of this trainer: {error}") from error
-    return state
+        raise ValueError(f"there is no checkpoint {path}")
+    state = read_tensors(path, "checkpoint")
+    if not isinstance(state, dict) or "digest" not in state:
+        raise ValueError(f"the checkpoint {path} cannot be read: it was not written by this trainer")
+    found = state.pop("digest")
+    if found != digest(state):
+        raise ValueError(f"the checkpoint {path} is damaged: its content does not match its digest")
+    return cast("dict[str, Any]", state)
+
+
+def best_is(record: Mapping[str, Any], averaged: bool) -> str:
+    """Which weights an epoch's record says are the better ones by top-1: "ema" (the averaged ones) or "model"."""
+    return "ema" if averaged and record.get("ema_top1", -1.0) >= record.get("val_top1", 0.0) else "model"
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -83,7 +96,7 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def gather(value: Any) -> Sequence[Any]:
-    """The values of all processes, in order of rank."""
+    """Collect the values of all processes, in order of rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -92,5 +105,5 @@ def gather(value: Any) -> Sequence[Any]:
 
 
 def plain_args(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as a dict that a checkpoint or a JSON file can hold."""
+    """Make a dict of the arguments that a checkpoint or a JSON file can hold."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}

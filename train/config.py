@@ -1,28 +1,13 @@
 """Arguments of the trainer: DeiT's flag names, and recipes that set their defaults."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .values import DATA, TIMM_DATA, checkpoint_flags, data_name, json_object
+
 RECIPES = Path(__file__).parent / "recipes"
-DATA = ("elpv", "imagefolder", "cifar10", "cifar100")
-TIMM_DATA = ("folder", "tar", "torch/NAME", "hfds/NAME", "hfids/NAME", "tfds/NAME", "wds/NAME")
-
-
-def data_name(name: str) -> str:
-    """--data as it is, if it names one of our data sets or, after "timm:", one of timm's readers.
-
-    Raises:
-        argparse.ArgumentTypeError: it names neither; timm itself would take what it does not know for a folder.
-    """
-    known = set(TIMM_DATA) | {""}
-    reader, slash, _ = name.removeprefix("timm:").partition("/")
-    if name in DATA or (name.startswith("timm:") and (f"{reader.lower()}/NAME" if slash else reader) in known):
-        return name
-    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(DATA)}, timm:{', timm:'.join(TIMM_DATA)}")
 
 
 def recipe_names() -> list[str]:
@@ -61,7 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="start from the weights of this checkpoint or .safetensors file (DeiT's --finetune)",
     )
-    group.add_argument("--eval", action="store_true", help="only evaluate the checkpoint of --resume")
+    group.add_argument(
+        "--eval",
+        action="store_true",
+        help="only evaluate the weights of --resume, a checkpoint (whose model and data it takes where no flag says "
+        "otherwise) or a .safetensors file",
+    )
     group.add_argument("--replay", metavar="FILE", help="run the step of a saved nonfinite-*.pt file again")
     group.add_argument(
         "--profile-mixers",
@@ -93,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--model", default="deit_small_patch16_224", help="name of a timm model")
     group.add_argument(
         "--model-kwargs",
-        type=json.loads,
+        type=json_object,
         default={},
         metavar="JSON",
         help='more arguments for timm.create_model, as {"depth": 6}',
@@ -149,7 +139,9 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("mixing")
     group.add_argument("--mixer", choices=["tokenmix", "cutmix", "mixup", "none"], default="tokenmix")
     group.add_argument("--mask-type", choices=["block", "random"], default="block", help="of tokenmix")
-    group.add_argument("--minimum-tokens", type=int, default=14, help="added to the masked tokens (14 of 14x14)")
+    group.add_argument(
+        "--minimum-tokens", type=int, help="tokens masked beside half of them; default: a 14th of them, so 14 of 14x14"
+    )
     group.add_argument(
         "--mixup",
         type=float,
@@ -162,6 +154,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--mixup-prob", type=float, default=1.0, help="probability of mixing at all")
     group.add_argument("--mixup-switch-prob", type=float, default=0.5, help="of tokens rather than mixup")
     group.add_argument("--mixup-mode", choices=["batch", "pair", "elem"], default="batch")
+    group.add_argument(
+        "--mixup-off-epoch",
+        type=int,
+        default=0,
+        metavar="EPOCH",
+        help="from this epoch on (counted from 0) images are not mixed, labels smoothed only; 0: mix to the end",
+    )
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
 
     group = parser.add_argument_group("activation maps (what tells tokenmix where the evidence is)")
@@ -219,10 +218,15 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--val-num-samples", type=int, default=None, help="the same of the validation split")
     group.add_argument(
         "--data-kwargs",
-        type=json.loads,
+        type=json_object,
         default={},
         metavar="JSON",
         help='more arguments for timm.data.create_dataset, as {"input_key": "img"} or {"download": true}',
+    )
+    group.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be read and count them at the end (default: stop and name the file)",
     )
     group.add_argument(
         "--holdout",
@@ -269,10 +273,16 @@ def load_recipe(name: str) -> dict[str, object]:
     return {key.replace("-", "_"): value for key, value in recipe.items() if not key.startswith("_")}
 
 
+def default_output(args: argparse.Namespace) -> str:
+    """Where a run is written that does not say."""
+    return f"runs/{Path(args.recipe).stem if args.recipe else args.model}"
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments from the command line over those of the recipe over the defaults."""
     parser = build_parser()
     recipe_name = parser.parse_known_args(argv)[0].recipe
+    recipe: dict[str, object] = {}
     if recipe_name:
         try:
             recipe = load_recipe(recipe_name)
@@ -281,15 +291,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         unknown = set(recipe) - set(vars(parser.parse_args([])))
         if unknown:
             parser.error(f"recipe {recipe_name} sets unknown flags: {', '.join(sorted(unknown))}")
-        parser.set_defaults(**recipe)
+    first = parser.parse_known_args(argv)[0]
+    if first.eval and first.resume:
+        output = first.output or recipe.get("output") or default_output(first)
+        path = Path(f"{output}/last.pt" if first.resume == "auto" else first.resume)
+        parser.set_defaults(**checkpoint_flags(parser, path))
+    parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     if args.output is None:
-        args.output = f"runs/{Path(args.recipe).stem if args.recipe else args.model}"
+        args.output = default_output(args)
     if args.cache is None:
         args.cache = "runs/cache"
     if args.eval and not args.resume:
         parser.error("--eval needs the checkpoint to evaluate: --resume FILE")
     for name in ("batch_size", "accumulate", "epochs", "log_every", "eval_every"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("mixup_off_epoch", "save_every", "max_steps", "num_workers", "threads"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
     return args

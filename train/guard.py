@@ -1,19 +1,18 @@
 """What happens when a loss is not finite: stop, keep what is needed to repeat the step, and repeat it."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .config import build_parser
 from .data import to_device
-
-if TYPE_CHECKING:
-    from .run import Run
+from .run import Run, build
+from .step import forward, set_mixing
+from .values import OWN, typed
 
 
 class NonFiniteLoss(RuntimeError):
@@ -34,14 +33,35 @@ def stop_at(run: Run, trace: list[dict[str, Any]], update: int) -> NoReturn:
     )
 
 
+def replay_args(args: argparse.Namespace, saved: dict[str, Any]) -> argparse.Namespace:
+    """Arguments of the run that a nonfinite-*.pt file holds, checked like a command line.
+
+    Where it writes and on what it runs is for this call to say; nothing is downloaded because the file says so.
+
+    Raises:
+        ValueError: the file holds values that the flags do not take.
+    """
+    parser = build_parser()
+    found = typed(parser, saved, OWN)
+    if found.get("data_kwargs") or any(key.startswith("pretrained") for key in found.get("model_kwargs") or {}):
+        raise ValueError(
+            "--replay: the file asks for --data-kwargs or pretrained weights in --model-kwargs, which could load "
+            "anything: repeat the run itself with --log-every 1 instead"
+        )
+    if args.data_path is not None:
+        found["data_path"] = args.data_path
+    amp = saved.get("amp")
+    return argparse.Namespace(
+        **{**vars(args), **found, "amp": amp if isinstance(amp, bool) else None, "compile": False}
+    )
+
+
 def replay(args: argparse.Namespace) -> None:
     """Repeat the steps of a nonfinite-*.pt file and print where the first value that is not finite appears."""
     state = checkpoint.load(args.replay)
-    saved = argparse.Namespace(**{**vars(args), **state["args"], "device": args.device, "output": args.output})
-    saved.compile = False
-    from .loop import forward  # the loop itself imports this file
-    from .run import build
-
+    if not isinstance(state.get("steps"), list) or not isinstance(state.get("args"), dict):
+        raise ValueError(f"--replay must be a nonfinite-*.pt file, got {args.replay}: it holds no steps")
+    saved = replay_args(args, state["args"])
     run = build(saved)
     run.model.load_state_dict(state["model"])
     run.net.train()
@@ -63,6 +83,7 @@ def replay(args: argparse.Namespace) -> None:
             batch = to_device(batch, run.device, saved.channels_last)
             checkpoint.set_rng_state(entry["rng"], run.device)
             first.clear()
+            set_mixing(run, entry["epoch"])
             loss = forward(run, batch, entry["seed"], rank=rank)
             loss.backward()
             gradients = [

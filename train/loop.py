@@ -1,9 +1,6 @@
 """The training loop: one step, one epoch, evaluation, and what is written at the end of each."""
 
-from __future__ import annotations
-
 import argparse
-import hashlib
 import json
 import math
 import random
@@ -17,42 +14,27 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import checkpoint
-from .data import Batch, to_device
+from .data import to_device
+from .evaluate import evaluate, evaluate_checkpoint
+from .files import lock_folder, write_atomic, write_lines
 from .guard import stop_at
 from .meters import StepTimer, write_records
-from .run import Progress, Run, build, resume, save_checkpoint, say
-
-
-def mixing_seed(seed: int, epoch: int, step: int) -> int:
-    """The seed of one step's masks, the same on all ranks: they differ by their sample offset."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{step}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def forward(run: Run, batch: Batch, seed: int, timer: StepTimer | None = None, rank: int | None = None) -> Tensor:
-    """The loss of a batch that is on the device, mixed with the masks of (seed, rank)."""
-    offset = (run.rank if rank is None else rank) * run.args.batch_size
-    images, targets = run.mix(batch.images, batch.labels, **run.evidence(batch), seed=seed, sample_offset=offset)
-    if timer:
-        timer.mark("mixing")
-    with run.autocast():
-        logits = run.net(images)
-    loss: Tensor = run.criterion(logits.float(), targets)
-    if timer:
-        timer.mark("forward")
-    return loss
+from .picture import mix_picture
+from .resume import resume, resume_path
+from .run import Progress, Run, build, save_best, save_checkpoint, say
+from .step import forward, mixing_seed, set_mixing
 
 
 def train_epoch(run: Run, progress: Progress, bar: tqdm, timer: StepTimer) -> None:
     """Train from step progress.step to the end of the epoch."""
     args, device = run.args, run.device
     run.net.train()
+    set_mixing(run, progress.epoch)
     steps = run.steps_per_epoch()
     steps -= steps % args.accumulate
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
@@ -118,40 +100,6 @@ def train_epoch(run: Run, progress: Progress, bar: tqdm, timer: StepTimer) -> No
             timer.start()
 
 
-@torch.no_grad()
-def evaluate(run: Run, model: nn.Module) -> dict[str, float]:
-    """Top-1, top-5 (where there are more than 5 classes) in percent, and cross entropy, over all processes."""
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # top-1, top-5, loss, images
-    many = len(run.data.classes) > 5
-    for host_batch in run.loader.validation():
-        images = run.data.normalise(host_batch[0].to(run.device, non_blocking=True))
-        labels = host_batch[1].to(run.device, non_blocking=True)
-        if run.args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with run.autocast():
-            logits = model(images)
-        logits = logits.float()
-        hits = logits.topk(5 if many else 1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(labels))])
-    if run.world > 1:
-        dist.all_reduce(sums)
-    top1, top5, loss, images = sums.tolist()
-    scores = {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
-    return scores if many else {key: value for key, value in scores.items() if key != "top5"}
-
-
-def evaluate_checkpoint(run: Run, path: Path) -> None:
-    """Print the scores of the weights and of their average in a last.pt or best.pt."""
-    state = checkpoint.load(path)
-    for key, name in (("model", "raw weights"), ("ema", "averaged weights")):
-        if state.get(key):
-            run.model.load_state_dict(state[key])
-            scores = evaluate(run, run.model)
-            say(run, f"{name}: " + ", ".join(f"{score} {value:.4g}" for score, value in scores.items()))
-
-
 def end_epoch(run: Run, progress: Progress, seconds: float, board: Any) -> None:
     """Evaluate, write the records, and save."""
     args = run.args
@@ -168,24 +116,15 @@ def end_epoch(run: Run, progress: Progress, seconds: float, board: Any) -> None:
     record["seconds"] = round(seconds, 2)
     progress.history.append(record)
     score = max(record.get("val_top1", -1.0), record.get("ema_top1", -1.0))
-    improved, progress.best = score > progress.best, max(score, progress.best)
+    if score > progress.best:
+        progress.best, progress.best_epoch = score, record["epoch"]
     progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
     run.scheduler.step(progress.epoch)
     save_checkpoint(run, progress)
     if run.rank:
         return
-    write_records(progress.history, Path(args.output))
-    if improved and args.keep_best:
-        checkpoint.save(
-            {
-                "args": checkpoint.plain_args(args),
-                "epoch": record["epoch"],
-                "record": record,
-                "model": run.model.state_dict(),
-                "ema": run.ema.module.state_dict() if run.ema else None,
-            },
-            Path(args.output) / "best.pt",
-        )
+    # A kill from here on loses nothing: `train` writes both again from last.pt.
+    write_derived(run, progress)
     if board:
         for key, value in record.items():
             board.add_scalar(key, value, record["epoch"])
@@ -196,6 +135,13 @@ def end_epoch(run: Run, progress: Progress, seconds: float, board: Any) -> None:
     )
 
 
+def write_derived(run: Run, progress: Progress) -> None:
+    """What follows from a checkpoint: the records, and best.pt where the last epoch is the best one."""
+    write_records(progress.history, Path(run.args.output))
+    if run.args.keep_best and progress.step == 0 and progress.best_epoch == progress.epoch - 1 >= 0:
+        save_best(run, progress)
+
+
 def train(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A whole run; returns the records of its epochs (the lines of metrics.jsonl).
 
@@ -204,27 +150,40 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
         NonFiniteLoss: the loss was not finite; weights are saved as they were, for --replay.
     """
     run = build(args)
-    if args.eval:
-        evaluate_checkpoint(run, Path(args.output) / "last.pt" if args.resume == "auto" else Path(args.resume))
-        return []
     output = Path(args.output)
+    if args.eval:
+        evaluate_checkpoint(run, resume_path(args) or output / "last.pt")
+        return []
+    if args.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard")
+    lock = lock_folder(output) if run.rank == 0 else None
+    try:
+        return train_run(run, output)
+    finally:
+        if lock:
+            lock.release()
+
+
+def train_run(run: Run, output: Path) -> list[dict[str, Any]]:
+    """Train in a folder that is locked."""
+    args = run.args
     random_seed = mixing_seed(args.seed, -1, run.rank)  # of dropout and drop path: other ones on every rank
     torch.manual_seed(random_seed)
     random.seed(random_seed)
     np.random.seed(random_seed % 2**32)
     progress = Progress()
-    last = output / "last.pt"
-    if args.resume and (args.resume != "auto" or last.is_file()):
-        progress = resume(run, last if args.resume == "auto" else Path(args.resume))
-    elif last.is_file():
-        raise ValueError(f"{last} exists: give another --output, or --resume auto to go on with it")
+    path = resume_path(args)
+    if path:
+        progress = resume(run, path)
+    elif (output / "last.pt").exists():
+        raise ValueError(f"{output / 'last.pt'} exists: give another --output, or --resume auto to go on with it")
     board = None
     if run.rank == 0:
-        checkpoint.write_lines([json.dumps(checkpoint.plain_args(args), indent=1)], output / "args.json")
+        write_lines([json.dumps(checkpoint.plain_args(args), indent=1)], output / "args.json")
+        if path:
+            write_derived(run, progress)
         if args.tensorboard:
-            if find_spec("tensorboard") is None:
-                raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard")
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # an optional package
 
             board = SummaryWriter(str(output))
     say(run, describe(run))
@@ -243,10 +202,13 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
         ) as bar:
             train_epoch(run, progress, bar, timer)
         end_epoch(run, progress, time.perf_counter() - start, board)
+    skipped = run.loader.skipped()
     if run.rank == 0:
         if board:
             board.close()
         finish(run, progress, timer, time.perf_counter() - begin)
+        if skipped:
+            print(f"skipped     {len(skipped)} images that cannot be read")
     if run.world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -276,14 +238,12 @@ def finish(run: Run, progress: Progress, timer: StepTimer, seconds: float) -> No
         print(f"  {'largest class':<18} {100 * majority:.1f} % (what always guessing it would give)")
     print()
     print(timer.table())
-    use_ema = run.ema is not None and record.get("ema_top1", -1.0) >= record.get("val_top1", -1.0)
+    use_ema = checkpoint.best_is(record, run.ema is not None) == "ema"
     weights = run.ema.module.state_dict() if run.ema and use_ema else run.model.state_dict()
     tensors = {key: value.contiguous() for key, value in weights.items()}
-    checkpoint.write_atomic(output / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
+    write_atomic(output / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
     print(f"\nrecords     {output / 'metrics.jsonl'}, {output / 'summary.csv'}\ncheckpoint  {output / 'last.pt'}")
     print(f"weights     {output / 'model.safetensors'} ({'averaged' if use_ema else 'raw'}, as timm reads them)")
     if run.args.picture:
-        from .picture import mix_picture
-
         picture = mix_picture(run, output / "mix.png")
         print(f"picture     {picture or 'none: this mixer has no token masks'}")

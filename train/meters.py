@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import write_lines
+from .files import write_lines
 
 PARTS = ("data", "mixing", "forward", "backward", "update")
 

@@ -1,23 +1,26 @@
 """The model that is trained, and the mixer that feeds it."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
-from pathlib import Path
+import sys
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenmix_kernels import TokenMix
+from tokenmix_kernels.maps.weights import read_tensors, weights_of
 
 from .data import Data
 
 
 def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The timm model, for images of --input-size where it has to know."""
+    """The timm model, for images of --input-size where it has to know, with the weights of --init-from.
+
+    Raises:
+        ValueError: timm does not know the model or its arguments, or the weights do not fit.
+    """
     kwargs = {"num_classes": num_classes, "drop_rate": args.drop, "drop_path_rate": args.drop_path, **args.model_kwargs}
     if not timm.is_model(args.model):
         close = " or ".join(difflib.get_close_matches(args.model, timm.list_models(), 3))
@@ -25,22 +28,63 @@ def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     try:
         model = timm.create_model(args.model, img_size=args.input_size, **kwargs)
     except TypeError:  # a convolutional network takes images of any size
-        model = timm.create_model(args.model, **kwargs)
+        try:
+            model = timm.create_model(args.model, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"--model-kwargs: {args.model} refuses {args.model_kwargs}: {error}") from error
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"--model {args.model} cannot be made for --input-size {args.input_size} and --model-kwargs "
+            f"{args.model_kwargs}: {error}"
+        ) from error
     if args.init_from:
-        if not Path(args.init_from).is_file():
-            raise ValueError(f"--init-from: no file {args.init_from}")
-        weights = timm.models.load_state_dict(args.init_from, weights_only=True)
-        own = model.state_dict()
-        fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
-        if not fitting:
-            raise ValueError(f"--init-from: nothing in {args.init_from} fits {args.model}")
-        model.load_state_dict(fitting, strict=False)
-        missing = sorted(own.keys() - fitting.keys())
-        print(
-            f"{len(fitting)} of {len(own)} tensors from {args.init_from}"
-            + (f"; initialised anew: {', '.join(missing)}" if missing else "")
-        )
+        try:
+            weights = weights_of(read_tensors(args.init_from))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--init-from: {error}") from error
+        print(load_weights(model, weights, f"--init-from {args.init_from}"))
     return model
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, partly: bool = True) -> str:
+    """Load weights, with position embeddings resampled to the model's grid as timm's own checkpoint filter does.
+
+    Args:
+        model: what they are loaded into.
+        weights: tensors by name.
+        source: of the weights, for messages.
+        partly: leave what is missing or of another shape (the classifier of other classes) as it is.
+
+    Returns:
+        A sentence about what was loaded.
+
+    Raises:
+        ValueError: nothing fits, or not all of it although `partly` is False.
+    """
+    own = model.state_dict()
+    changed = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    # Every family of timm's models has its filter in the file of its class.
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt and changed:
+        try:
+            adapted = adapt(dict(weights), model)
+        except Exception as error:  # the filters raise nearly everything on weights of another architecture
+            raise ValueError(f"{source} does not fit the model: {error}") from error
+        weights = {**weights, **adapted}
+    fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
+    missing = sorted(own.keys() - fitting.keys())
+    if not fitting or (missing and not partly):
+        raise ValueError(
+            f"{source} does not fit the model: {len(fitting)} of {len(own)} tensors do"
+            + (f", the first that is missing or of another shape is {missing[0]}" if missing else "")
+        )
+    model.load_state_dict(fitting, strict=False)
+    resampled = sorted(key for key in changed if key in fitting)
+    return (
+        f"{len(fitting)} of {len(own)} tensors from {source}"
+        + (f"; resampled: {', '.join(resampled)}" if resampled else "")
+        + (f"; initialised anew: {', '.join(missing)}" if missing else "")
+    )
 
 
 def make_mixer(args: argparse.Namespace, data: Data, model: nn.Module) -> TokenMix:

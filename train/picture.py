@@ -1,74 +1,142 @@
-"""A picture in which one sees that targets follow the evidence and not the area."""
-
-from __future__ import annotations
+"""A picture of what the run's mixer does: images, evidence, masks, mixes and targets."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tokenmix_kernels import tokenmix
+from tokenmix_kernels import TopKMaps, dispatch
+from tokenmix_kernels.inputs import Evidence, Result
 from tokenmix_kernels.reference import pool_tokens
+from tokenmix_kernels.settings import COPY, MASK_RULES, MIXUP, Settings
 
-from .data import to_device
+from .data import Batch, to_device
 
 if TYPE_CHECKING:
     from .run import Run
 
 OWN, PARTNER, INK = "#2b6cb0", "#dd6b20", "#222222"
-COLUMNS = ("image", "its evidence", "partner", "its evidence", "mask", "mixed image", "weights of the target")
+COLUMNS = ("image", "its evidence", "partner", "its evidence", "mask", "mixed image", "weights and target")
 
 
-def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
-    """Draw some pairs of the first training batch: images, evidence, mask, mix, and what the target makes of it.
+class Example(NamedTuple):
+    """One sample as the run's mixer mixes it.
 
-    Shown are the pairs whose target by evidence differs most from the one by area.
+    Attributes:
+        own, partner: places of the two images in the batch.
+        mixed: [3, H, W] float32 in [0, 1].
+        kind: COPY, MIXUP or the kind of a mask rule.
+        taken: [Gh, Gw] float32, share of each token that comes from the partner.
+        weights: of the own label and the partner's.
+        targets: what the target holds for the two labels.
+    """
+
+    own: int
+    partner: int
+    mixed: Tensor
+    kind: int
+    taken: Tensor
+    weights: tuple[float, float]
+    targets: tuple[float, float]
+
+    def areas(self) -> tuple[float, float]:
+        """What the weights would be by area."""
+        taken = float(self.taken.mean())
+        return 1 - taken, taken
+
+
+def mix_as_run(run: "Run", batch: Batch, evidence: Evidence, seed: int) -> tuple[Tensor, Result]:
+    """Mix a batch with the settings of the run's mixer, without normalising it.
+
+    Args:
+        run: its mixer is used.
+        batch: on the run's device.
+        evidence: of the batch.
+        seed: key of the draws.
+
+    Returns:
+        (images [B, 3, S, S] float32 in [0, 1]; targets, mask as shares of tokens, weights and kinds).
+    """
+    mix = run.mix
+    settings = mix.settings if mix.mixup_enabled else mix.unmixed
+    images = batch.images.float() / 255
+    mixed = torch.empty_like(images)
+    result = dispatch.mix_into(
+        dispatch.backend_of(images), images, mixed, batch.labels, None, evidence, None,
+        torch.tensor(seed), 0, settings._replace(mean=(), std=(), shares=True),
+    )  # fmt: skip
+    return mixed, result
+
+
+def pick_examples(run: "Run", batch: Batch, evidence: Evidence, rows: int) -> list[Example]:
+    """Of each of `rows` draws the sample whose weights differ most from the shares of the area."""
+    examples: list[Example] = []
+    labels = batch.labels.tolist()
+    for seed in range(run.args.seed, run.args.seed + rows):
+        mixed, result = mix_as_run(run, batch, evidence, seed)
+        targets, taken, weights = result.targets.cpu(), result.mask.cpu().clone(), result.weights.cpu()
+        kinds = result.kind.tolist()
+        blended = torch.tensor([kind == MIXUP for kind in kinds])
+        taken[blended] = weights[blended, 1][:, None, None]  # all of it, by as much as lam says
+        area = taken.mean((1, 2))
+        difference = (weights - torch.stack([1 - area, area], 1)).abs().sum(1)
+        count = len(labels)
+        seen = {example.own for example in examples}
+        # Pairs of two classes before pairs of one, images that were not shown yet before others.
+        best = max(
+            range(count), key=lambda i: (labels[i] != labels[count - 1 - i], i not in seen, float(difference[i]))
+        )
+        other = count - 1 - best
+        pair = (float(targets[best, labels[best]]), float(targets[best, labels[other]]))
+        own, partner = weights[best].tolist()
+        examples.append(Example(best, other, mixed[best].cpu(), kinds[best], taken[best], (own, partner), pair))
+    return examples
+
+
+def title_of(example: Example, settings: Settings) -> str:
+    """What was done to a sample, in a few words."""
+    if example.kind == COPY:
+        return "not mixed"
+    if example.kind == MIXUP:
+        return f"Mixup, lam {example.weights[0]:.2f}"
+    names = {rule.kind: name for name, rule in MASK_RULES.items()}
+    return f"{names[example.kind]}: {example.areas()[1]:.0%} from the partner"
+
+
+def mix_picture(run: "Run", path: Path, rows: int = 6) -> Path:
+    """Draw some samples of a training batch as the run mixes them: images, evidence, mask, mix, weights and target.
 
     Args:
         run: data, evidence and mixer are taken from it.
         path: of the picture to write.
-        rows: number of pairs.
+        rows: number of samples, each of another draw.
 
     Returns:
-        The path, or None if the run's mixer has no token masks.
+        The path.
     """
-    args, data = run.args, run.data
-    if args.mixer not in ("tokenmix", "cutmix"):
-        return None
-    batch = to_device(run.loader.preview(max(rows, args.batch_size)), run.device)
-    places = run.evidence(batch)
-    patch = run.mix.settings.patch_size
-    mixed = tokenmix(
-        batch.images.float() / 255,
-        batch.labels,
-        num_classes=len(data.classes),
-        **places,
-        patch_size=patch,
-        minimum_tokens=args.minimum_tokens,
-        mode="elem",
-        seed=args.seed,
-        mask_type="cutmix" if args.mixer == "cutmix" else args.mask_type,
-    )
-    masks = mixed.mask.cpu()  # [B, Gh, Gw]
-    weights = mixed.weights.cpu()  # [B, 2]
-    partner = torch.arange(len(batch.labels)).flip(0)
-    area = masks.float().mean((1, 2))
-    areas = torch.stack([1 - area, area], 1)
-    evidence = token_evidence(places, batch.labels, (masks.shape[1], masks.shape[2]))
-    chosen = (weights - areas).abs().sum(1).argsort(descending=True, stable=True)
-    first_of_pair = [int(i) for i in chosen if int(batch.labels[i]) != int(batch.labels[partner[i]])]
-    shown = (first_of_pair + [int(i) for i in chosen if int(i) not in first_of_pair])[:rows]
+    batch = to_device(run.loader.preview(max(rows, run.args.batch_size)), run.device)
+    evidence = as_evidence(run.evidence(batch))
+    figure = draw_figure(run, batch, evidence, pick_examples(run, batch, evidence, rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
 
-    images, outputs = to_pixels(batch.images.float() / 255), to_pixels(mixed.images)
+
+def draw_figure(run: "Run", batch: Batch, evidence: Evidence, examples: list[Example]) -> Figure:
+    """A row of axes for each example."""
+    data, settings = run.data, run.mix.settings
+    grid = (examples[0].taken.shape[0], examples[0].taken.shape[1])
+    maps = token_evidence(evidence, batch.labels, grid)
+    images = to_pixels(batch.images.float() / 255)
     names = [data.classes[int(label)] for label in batch.labels]
-    figure = Figure(figsize=(15.5, 2.05 * len(shown) + 1.75), facecolor="white")
+    figure = Figure(figsize=(15.5, 2.05 * len(examples) + 1.75), facecolor="white")
     top, bottom = 1 - 1.3 / figure.get_figheight(), 0.45 / figure.get_figheight()
     axes = figure.subplots(
-        len(shown),
+        len(examples),
         len(COLUMNS),
         squeeze=False,
         gridspec_kw={
@@ -93,20 +161,23 @@ def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
             color=INK,
             weight="bold",
         )
-    for line, i in zip(axes, shown, strict=True):
-        j = int(partner[i])
-        _image(line[0], images[i], names[i], OWN)
-        _evidence(line[1], images[i], evidence[i], ~masks[i], OWN)
-        _image(line[2], images[j], names[j], PARTNER)
-        _evidence(line[3], images[j], evidence[j], masks[i], PARTNER)
-        _mask(line[4], masks[i].numpy(), float(area[i]))
-        _image(line[5], outputs[i], "", INK)
-        _outline(line[5], masks[i].numpy(), patch)
-        _weights(line[6], areas[i].tolist(), weights[i].tolist(), names[i], names[j])
+    rules = {rule.kind: rule for rule in MASK_RULES.values()}
+    for line, example in zip(axes, examples, strict=True):
+        i, j, taken = example.own, example.partner, example.taken.numpy()
+        tokens = example.kind in rules and rules[example.kind].whole_tokens
+        draw_image(line[0], images[i], names[i], OWN)
+        draw_evidence(line[1], images[i], maps[i].numpy(), 1 - taken, OWN, tokens)
+        draw_image(line[2], images[j], names[j], PARTNER)
+        draw_evidence(line[3], images[j], maps[j].numpy(), taken, PARTNER, tokens)
+        draw_mask(line[4], taken, title_of(example, settings))
+        draw_image(line[5], to_pixels(example.mixed[None])[0], "", INK)
+        if tokens:
+            draw_outline(line[5], taken, settings.patch_size)
+        draw_weights(line[6], example, names[i], names[j])
     figure.text(
         0.012,
         1 - 0.3 / figure.get_figheight(),
-        "Targets follow the evidence, not the area",
+        headline(run),
         ha="left",
         va="center",
         fontsize=16,
@@ -116,9 +187,8 @@ def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
     figure.text(
         0.012,
         1 - 0.57 / figure.get_figheight(),
-        f"{data.name}, evidence from {run.evidence.describe().split(' (')[0]}.  Blue: tokens and label of the "
-        f"image.  Orange: of its partner.  A label weighs as much as the "
-        f"mix still shows of its evidence.",
+        f"{data.name}, evidence from {run.evidence.describe().split(' (')[0]}.  Blue: the image and its label.  "
+        f"Orange: its partner.  A weight is the share of the evidence that the mix shows; where it blends, lam.",
         ha="left",
         va="center",
         fontsize=9.5,
@@ -127,25 +197,45 @@ def mix_picture(run: Run, path: Path, rows: int = 6) -> Path | None:
     figure.text(
         0.012,
         0.16 / figure.get_figheight(),
-        f"The {len(shown)} pairs of the first training batch whose weights differ most from area shares. "
-        "The two weights need not sum to 1: the evidence of both may survive the mix, or of neither.",
+        f"{len(examples)} draws of the run's mixer (--mixer {run.args.mixer}, mode {settings.mode}, label smoothing "
+        f"{settings.label_smoothing:g}), of each the sample whose weights differ most from area shares.",
         ha="left",
         va="center",
         fontsize=9,
         color="#555555",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    return figure
 
 
-def token_evidence(places: dict[str, Any], labels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The maps on the token grid as the targets see them, each summing to 1, [B, Gh, Gw] on the CPU."""
-    if not places:
-        return torch.full((len(labels), *grid), 1 / (grid[0] * grid[1]))
-    arguments: dict[str, Any] = {"indices": None, "boxes": None, **places}
-    pooled = pool_tokens(labels=labels.cpu(), grid=grid, **arguments)
-    return pooled / (pooled.sum((1, 2), keepdim=True) + 1e-8)
+def headline(run: "Run") -> str:
+    """The head of the picture: what the run's targets follow."""
+    if run.args.mixer == "none":
+        return "Images are not mixed"
+    return (
+        "Targets follow the area"
+        if run.evidence.describe() == "area shares"
+        else "Targets follow the evidence, not the area"
+    )
+
+
+def as_evidence(places: dict[str, Any]) -> Evidence:
+    """What the run's evidence gives a TokenMix, as the core has it."""
+    maps = places.get("maps")
+    values, indices = maps if isinstance(maps, TopKMaps) else (maps, None)
+    return Evidence(**{**places, "maps": values, "indices": indices})
+
+
+def token_evidence(evidence: Evidence, labels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The maps on the token grid as the targets see them, each summing to 1, [B, Gh, Gw] on the CPU.
+
+    An image without evidence counts by its area.
+    """
+    even = torch.full((len(labels), *grid), 1 / (grid[0] * grid[1]))
+    if evidence.maps is None:
+        return even
+    pooled = pool_tokens(evidence, labels.cpu(), grid)
+    total = pooled.sum((1, 2), keepdim=True)
+    return torch.where(total > 0, pooled / (total + 1e-8), even).float()
 
 
 def to_pixels(images: Tensor) -> np.ndarray[Any, Any]:
@@ -153,55 +243,55 @@ def to_pixels(images: Tensor) -> np.ndarray[Any, Any]:
     return images.float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _bare(axis: Any, colour: str = "#bbbbbb", width: float = 0.8) -> None:
+def draw_frame(axis: Any, colour: str = "#bbbbbb", width: float = 0.8) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
         spine.set(edgecolor=colour, linewidth=width)
 
 
-def _image(axis: Any, image: np.ndarray[Any, Any], title: str, colour: str) -> None:
+def draw_image(axis: Any, image: np.ndarray[Any, Any], title: str, colour: str) -> None:
     axis.imshow(image, interpolation="nearest")
     axis.set_title(title, fontsize=9, color=colour, pad=3)
-    _bare(axis, colour, 1.8 if title else 0.8)
+    draw_frame(axis, colour, 1.8 if title else 0.8)
 
 
-def _evidence(axis: Any, image: np.ndarray[Any, Any], evidence: Tensor, kept: Tensor, colour: str) -> None:
+def draw_evidence(
+    axis: Any,
+    image: np.ndarray[Any, Any],
+    evidence: np.ndarray[Any, Any],
+    kept: np.ndarray[Any, Any],
+    colour: str,
+    outlined: bool,
+) -> None:
     """The map over the grey image; what the mix does not show is veiled, what it shows adds up to the title."""
     height, width = image.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axis.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=1)
     # Opacity follows the heat, so that the picture stays visible where there is no evidence.
-    strength = evidence.numpy() / max(float(evidence.max()), 1e-12)
-    axis.imshow(
-        strength, cmap="inferno", alpha=0.3 + 0.6 * strength, extent=extent, interpolation="nearest", vmin=0, vmax=1
-    )
-    axis.imshow(
-        np.ones(kept.shape),
-        cmap="gray",
-        vmin=0,
-        vmax=1,
-        alpha=0.66 * (~kept).numpy(),
-        extent=extent,
-        interpolation="nearest",
-    )
-    _outline(axis, kept.numpy(), width // kept.shape[1], colour)
+    strength = evidence / max(float(evidence.max()), 1e-12)
+    options: dict[str, Any] = {"extent": extent, "interpolation": "nearest", "vmin": 0, "vmax": 1}
+    axis.imshow(strength, cmap="inferno", alpha=0.3 + 0.6 * strength, **options)
+    axis.imshow(np.ones(kept.shape), cmap="gray", alpha=0.66 * (1 - kept), **options)
+    if outlined:
+        draw_outline(axis, kept, width // kept.shape[1], colour)
     axis.set_title(f"{float((evidence * kept).sum()):.0%} of it shown", fontsize=9, color=colour, pad=3)
-    _bare(axis)
+    draw_frame(axis)
 
 
-def _mask(axis: Any, mask: np.ndarray[Any, Any], area: float) -> None:
-    axis.imshow(mask, cmap=ListedColormap([OWN, PARTNER]), vmin=0, vmax=1, alpha=0.85)
-    grid_h, grid_w = mask.shape
+def draw_mask(axis: Any, taken: np.ndarray[Any, Any], title: str) -> None:
+    colours = LinearSegmentedColormap.from_list("sides", [OWN, PARTNER])
+    axis.imshow(taken, cmap=colours, vmin=0, vmax=1, alpha=0.85)
+    grid_h, grid_w = taken.shape
     axis.set_xticks(np.arange(0.5, grid_w - 1), minor=True)
     axis.set_yticks(np.arange(0.5, grid_h - 1), minor=True)
     axis.grid(which="minor", color="white", linewidth=0.7)
     axis.tick_params(which="minor", length=0)
-    axis.set_title(f"{area:.0%} from the partner", fontsize=9, color=INK, pad=3)
-    _bare(axis)
+    axis.set_title(title, fontsize=9, color=INK, pad=3)
+    draw_frame(axis)
 
 
-def _outline(axis: Any, mask: np.ndarray[Any, Any], patch: int, colour: str = "white") -> None:
+def draw_outline(axis: Any, mask: np.ndarray[Any, Any], patch: int, colour: str = "white") -> None:
     """Lines where own and partner tokens meet."""
     down = np.argwhere(mask[1:] != mask[:-1])
     right = np.argwhere(mask[:, 1:] != mask[:, :-1])
@@ -211,9 +301,9 @@ def _outline(axis: Any, mask: np.ndarray[Any, Any], patch: int, colour: str = "w
         axis.plot([(x + 1) * patch - 0.5] * 2, [y * patch - 0.5, (y + 1) * patch - 0.5], color=colour, lw=1.1)
 
 
-def _weights(axis: Any, areas: list[float], weights: list[float], own: str, other: str) -> None:
-    """Two bars, own and partner's share: by area, and by evidence."""
-    for y, (name, (a, b)) in enumerate([("area", areas), ("evidence", weights)]):
+def draw_weights(axis: Any, example: Example, own: str, other: str) -> None:
+    """Two bars, own and partner's share: by area, and the weights; and the target that follows from the weights."""
+    for y, (name, (a, b)) in enumerate([("area", example.areas()), ("weights", example.weights)]):
         faded = 0.35 if name == "area" else 1.0
         axis.barh(y, a, color=OWN, alpha=faded, height=0.62)
         axis.barh(y, b, left=a, color=PARTNER, alpha=faded, height=0.62)
@@ -230,7 +320,9 @@ def _weights(axis: Any, areas: list[float], weights: list[float], own: str, othe
                     weight="bold" if faded == 1 else "normal",
                 )
         axis.text(-0.03, y, name, ha="right", va="center", fontsize=9, color=INK)
-    axis.set(xlim=(-0.42, max(1.35, sum(weights) + 0.05)), ylim=(1.75, -0.75))
+    axis.set(xlim=(-0.42, max(1.35, sum(example.weights) + 0.05)), ylim=(1.75, -0.75))
     axis.plot([1, 1], [-0.45, 1.45], color="#999999", lw=0.8, ls=":")
-    axis.set_title(f"{weights[0]:.2f} {own}  +  {weights[1]:.2f} {other}", fontsize=9.5, color=INK, pad=3)
+    axis.set_title(
+        f"target  {example.targets[0]:.2f} {own}   {example.targets[1]:.2f} {other}", fontsize=9.5, color=INK, pad=3
+    )
     axis.set_axis_off()

@@ -1,10 +1,7 @@
 """Whole training steps with each mixer, interleaved: what mixing costs beside the model it feeds."""
 
-from __future__ import annotations
-
 import argparse
 import json
-import math
 import os
 import platform
 import random
@@ -14,82 +11,52 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from timm.data import Mixup
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import Tensor
-from torchvision.ops import roi_align
 from tqdm import tqdm
 
-from tokenmix_kernels import TokenMix
+from tokenmix_kernels import TokenMix, naive
 
-from . import checkpoint
+from .files import write_lines
 
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 WARM_UP = 2
 
 
-class PublishedWay:
-    """TokenMix in the way of the research code: one mask of Python draws for the batch, blended by multiplication,
-    and dense maps of all classes, pooled with roi_align, for targets.
+class PublishedMix:
+    """TokenMix in the tensor steps of the published code, by `naive.py`: one mask for the batch, drawn in Python,
+    images blended by multiplication, and dense maps of all classes, pooled with roi_align, for targets.
+
+    The published code has a label smoothing of 0.1.
 
     Args:
         values, indices: [B, k, h, w], top-k label maps.
         num_classes: K.
         patch_size: side of a token in pixels.
-        minimum_tokens: beside half of the tokens.
+        minimum_tokens: masked beside half of the tokens.
+        seed: of the masks.
     """
 
-    def __init__(self, values: Tensor, indices: Tensor, num_classes: int, patch_size: int, minimum_tokens: int) -> None:
+    def __init__(
+        self, values: Tensor, indices: Tensor, num_classes: int, patch_size: int, minimum_tokens: int, seed: int = 0
+    ) -> None:
         self.values, self.indices = values, indices
         self.num_classes, self.patch_size, self.minimum_tokens = num_classes, patch_size, minimum_tokens
+        self.source = random.Random(seed)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] float are changed in place, as there."""
+        """Images [B, 3, H, W] float and labels [B] to mixed images and targets [B, K]."""
         grid = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
-        mask = torch.from_numpy(self._draw(*grid)).float().to(images.device)[None, None]
-        pixels = F.interpolate(mask, images.shape[2:], mode="nearest")
-        flipped = images.flip(0).mul_(pixels)
-        images.mul_(1 - pixels).add_(flipped)
-
-        batch, _, h, w = self.values.shape
-        dense = images.new_zeros(batch, self.num_classes, h, w, dtype=torch.float32)
-        dense.scatter_(1, self.indices, self.values)
-        corners = torch.tensor([0.0, 0.0, 1.0, 1.0], device=images.device).expand(batch, 4) * w - 0.5
-        number = torch.arange(batch, device=images.device)[:, None].float()
-        tokens = roi_align(dense, torch.cat([number, corners], 1), grid)  # [B, K, Gh, Gw]
-        own = tokens[torch.arange(batch, device=images.device), labels]  # [B, Gh, Gw]
-        own = own / (own.sum((1, 2), keepdim=True) + 1e-8)
-        kept, given = (own * (1 - mask[0])).sum((1, 2)), (own.flip(0) * mask[0]).sum((1, 2))
-        off = 0.1 / self.num_classes
-        targets = images.new_full((batch, self.num_classes), off, dtype=torch.float32)
-        targets.scatter_add_(1, labels[:, None], kept[:, None] - 0.05)
-        targets.scatter_add_(1, labels.flip(0)[:, None], given[:, None] - 0.05)
-        return images, targets
-
-    def _draw(self, rows: int, columns: int) -> np.ndarray[Any, Any]:
-        mask = np.zeros((rows, columns), dtype=bool)
-        wanted = min(mask.size, mask.size // 2 + self.minimum_tokens)
-        bound = math.log(1 / 0.3)
-        failures = 0
-        while mask.sum() < wanted and failures < 10:
-            area = random.uniform(1, wanted - mask.sum())
-            aspect = math.exp(random.uniform(-bound, bound))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            failures += 1
-            if h < rows and w < columns:
-                top, left = random.randint(0, rows - h), random.randint(0, columns - w)
-                new = h * w - mask[top : top + h, left : left + w].sum()
-                if 0 < new <= wanted - mask.sum():
-                    mask[top : top + h, left : left + w] = True
-                    failures = 0
-        return mask
+        count = grid[0] * grid[1]
+        tokens = min(count, count // 2 + self.minimum_tokens)
+        mask = naive.block_mask(grid, tokens, self.source).to(images.device).expand(len(labels), *grid)
+        return naive.published_mix(images, labels, self.values, self.indices, None, mask, self.num_classes)
 
 
 def make_mixers(args: argparse.Namespace, labels: Tensor, num_classes: int, patch_size: int) -> dict[str, Mixer]:
@@ -112,13 +79,16 @@ def make_mixers(args: argparse.Namespace, labels: Tensor, num_classes: int, patc
     others = (labels[:, None] + torch.arange(1, 5, device=device)) % num_classes
     indices = torch.cat([labels[:, None], others], 1)[:, :, None, None].expand(values.shape).contiguous()
     cutmix = Mixup(mixup_alpha=0.0, cutmix_alpha=1.0, label_smoothing=args.smoothing, num_classes=num_classes)
-    published = PublishedWay(values, indices, num_classes, patch_size, args.minimum_tokens)
+    minimum_tokens = args.minimum_tokens
+    if minimum_tokens is None:
+        minimum_tokens = ((args.input_size // patch_size) ** 2 + 7) // 14
+    published = PublishedMix(values, indices, num_classes, patch_size, minimum_tokens, args.seed)
     ours = TokenMix(
         mixup_alpha=0.0,
         label_smoothing=args.smoothing,
         num_classes=num_classes,
         patch_size=patch_size,
-        minimum_tokens=args.minimum_tokens,
+        minimum_tokens=minimum_tokens,
         mode="elem",
         mean=[255 * value for value in IMAGENET_DEFAULT_MEAN],
         std=[255 * value for value in IMAGENET_DEFAULT_STD],
@@ -179,7 +149,6 @@ def profile_mixers(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     rounds = args.max_steps or 20
     torch.manual_seed(args.seed)
-    random.seed(args.seed)
     num_classes = 1000
     model: Any = timm.create_model(
         args.model,
@@ -251,8 +220,8 @@ def profile_mixers(args: argparse.Namespace) -> dict[str, Any]:
         "mixers": rows,
     }
     output = Path(args.output)
-    checkpoint.write_lines([json.dumps(result, indent=1)], output / "mixers.json")
-    _draw(result, output / "mixers.png")
+    write_lines([json.dumps(result, indent=1)], output / "mixers.json")
+    draw(result, output / "mixers.png")
     print(
         f"{args.model}, {args.batch_size} images of {args.input_size}x{args.input_size}, {result['device']}, "
         f"medians of {rounds} interleaved steps"
@@ -268,7 +237,7 @@ def profile_mixers(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any], path: Path) -> None:
     rows: dict[str, dict[str, float]] = result["mixers"]
     figure = Figure(figsize=(8.6, 0.62 * len(rows) + 1.5), layout="constrained")
     axis = figure.subplots()

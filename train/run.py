@@ -1,16 +1,12 @@
 """A run: everything that a step needs, how it is built from the arguments, saved and resumed."""
 
-from __future__ import annotations
-
 import argparse
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -23,29 +19,12 @@ from tokenmix_kernels import TokenMix
 
 from . import checkpoint
 from .data import Data, EpochLoader, load_data
+from .device import start_processes
 from .model import make_mixer, make_model
 from .teacher import Evidence, make_evidence
 
 # Optimisers of torch that leave weights and moments alone, on the device, where found_inf is set.
 FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
-# What decides the numbers of a run; a resumed run must agree in these.
-IDENTITY = (
-    "model",
-    "model_kwargs",
-    "input_size",
-    "batch_size",
-    "accumulate",
-    "epochs",
-    "opt",
-    "lr",
-    "seed",
-    "data",
-    "holdout",
-    "label_fraction",
-    "mixer",
-    "repeated_aug",
-    "max_steps",
-)
 
 
 @dataclass
@@ -56,7 +35,8 @@ class Progress:
     step: int = 0  # steps (batches) done in this epoch
     updates: int = 0  # optimiser updates done in the run
     loss_sum: float = 0.0  # of the losses of this epoch's steps
-    best: float = -1.0
+    best: float = -1.0  # top-1 of the best epoch, in percent
+    best_epoch: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
 
 
@@ -79,6 +59,7 @@ class Run:
     scheduler: Any
     criterion: nn.Module
     guarded: bool  # the optimiser obeys found_inf on the device
+    keep_previous: bool = True  # the last.pt in the folder is one to keep as previous.pt
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.args.amp else nullcontext()
@@ -94,27 +75,13 @@ def say(run: Run, text: str) -> None:
         tqdm.write(text)
 
 
-def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device, joined as torchrun says."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    device = torch.device(name)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index if world == 1 else int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return rank, world, device
-
-
 def build(args: argparse.Namespace) -> Run:
     """Processes, data, evidence, model and optimiser as the arguments say.
 
     Raises:
         ValueError: arguments that do not fit together.
     """
-    rank, world, device = start_processes(args)
+    rank, world, device = start_processes(args.device)
     if args.amp is None:
         args.amp = device.type == "cuda"
     if args.threads:
@@ -124,12 +91,22 @@ def build(args: argparse.Namespace) -> Run:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     data = load_data(args)
+    if args.num_classes not in (None, len(data.classes)):
+        raise ValueError(
+            f"--num-classes must be {len(data.classes)}, the number of classes of --data {args.data}, "
+            f"got {args.num_classes}"
+        )
     model = make_model(args, len(data.classes))
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=memory_format)
 
     evidence = make_evidence(args, data, device, rank)
-    loader = EpochLoader(data, args, rank, world)
+    try:
+        loader = EpochLoader(data, args, rank, world)
+    except (AssertionError, AttributeError, IndexError, KeyError) as error:  # timm asserts that it knows the policy
+        raise ValueError(
+            f"--aa must be none or a policy as timm writes it, as rand-m9-mstd0.5-inc1, original or 3a, got {args.aa!r}"
+        ) from error
     if loader.steps < args.accumulate:
         raise ValueError(
             f"an epoch has {loader.steps} steps of {args.batch_size} images on {world} process(es), "
@@ -184,55 +161,48 @@ def build(args: argparse.Namespace) -> Run:
     )
 
 
+def averaged(run: Run) -> dict[str, Any] | None:
+    """The averaged weights, where the run keeps them."""
+    return run.ema.module.state_dict() if run.ema else None
+
+
 def save_checkpoint(run: Run, progress: Progress) -> None:
-    """last.pt: everything that the rest of the run depends on."""
+    """Write last.pt: everything that the rest of the run depends on. The one before is kept as previous.pt."""
     states = checkpoint.gather(checkpoint.rng_state(run.device))
     if run.rank:
         return
+    output = Path(run.args.output)
+    scored = [record for record in progress.history if "val_top1" in record]
     checkpoint.save(
         {
             "args": checkpoint.plain_args(run.args),
             "world": run.world,
+            "data": run.data.digest,
             "progress": vars(progress),
             "rng": list(states),
-            "mixing_seed": run.args.seed,
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "scheduler": run.scheduler.state_dict(),
-            "ema": run.ema.module.state_dict() if run.ema else None,
+            "ema": averaged(run),
+            "best_is": checkpoint.best_is(scored[-1] if scored else {}, run.ema is not None),
         },
-        Path(run.args.output) / "last.pt",
+        output / "last.pt",
+        output / "previous.pt" if run.keep_previous else None,
     )
+    run.keep_previous = True
 
 
-def resume(run: Run, path: Path) -> Progress:
-    """Load a checkpoint into the run, random states included.
-
-    Raises:
-        ValueError: the checkpoint belongs to another run.
-    """
-    state = checkpoint.load(path)
-    if "optimizer" not in state:
-        raise ValueError(f"{path} holds weights only: resume from a last.pt, or start from it with --init-from")
-    now = checkpoint.plain_args(run.args)
-    other = [
-        f"--{key.replace('_', '-')} {state['args'][key]} (now {now[key]})"
-        for key in IDENTITY
-        if state["args"][key] != now[key]
-    ]
-    # A stream's batches depend on its workers.
-    if run.data.stream and state["args"]["num_workers"] != now["num_workers"]:
-        other.append(f"--num-workers {state['args']['num_workers']} (now {now['num_workers']})")
-    if state["world"] != run.world:
-        other.append(f"{state['world']} process(es) (now {run.world})")
-    if other:
-        raise ValueError(f"{path} was written with {', '.join(other)}; resume with the same")
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scheduler.load_state_dict(state["scheduler"])
-    if run.ema:
-        run.ema.module.load_state_dict(state["ema"])
-    checkpoint.set_rng_state(state["rng"][run.rank], run.device)
-    progress = Progress(**state["progress"])
-    say(run, f"resumed {path}: epoch {progress.epoch}, step {progress.step}")
-    return progress
+def save_best(run: Run, progress: Progress) -> None:
+    """Write best.pt: the weights as they are, after the best epoch so far."""
+    record = progress.history[-1]
+    checkpoint.save(
+        {
+            "args": checkpoint.plain_args(run.args),
+            "epoch": record["epoch"],
+            "record": record,
+            "model": run.model.state_dict(),
+            "ema": averaged(run),
+            "best_is": checkpoint.best_is(record, run.ema is not None),
+        },
+        Path(run.args.output) / "best.pt",
+    )

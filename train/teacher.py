@@ -1,7 +1,5 @@
 """Where the targets' evidence comes from: nowhere (area shares), a map bank, or a teacher that runs along."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -9,20 +7,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from tokenmix_kernels.activation import ActivationTeacher, load_teacher
-from tokenmix_kernels.bank import MapBank, MapBankWriter
+from tokenmix_kernels.maps.bank import MapBank, MapBankWriter
+from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher
 
 from . import checkpoint
-from .data import Batch, Data
+from .data import Batch, Data, checked_batches, make_loader
 
 LITE0 = "tf_efficientnet_lite0"
 LITE0_MEAN, LITE0_STD = (127 / 255,) * 3, (128 / 255,) * 3  # its input is (x - 127) / 128
@@ -128,8 +127,11 @@ def open_bank(path: Path, data: Data, device: torch.device, warped: bool) -> Ban
     Raises:
         ValueError: it is a bank of another data set, or no whole bank at all.
     """
-    bank = MapBank.open(path, device=device if device.type == "cuda" else None)
-    bank.check(count=len(data.train), labels=data.labels, digest=data.digest)
+    try:
+        bank = MapBank.open(path, device=device if device.type == "cuda" else None)
+        bank.check(count=len(data.train), labels=data.labels, digest=data.digest)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--maps must be a map bank of --data {data.name}, or area, got {path}: {error}") from error
     return BankEvidence(bank, warped)
 
 
@@ -179,7 +181,12 @@ def _load(args: argparse.Namespace, name: str, data: Data) -> tuple[_Loaded, Pat
     """The teacher as it comes, and the name of its bank, in which everything that its maps depend on has a part."""
     probe = args.data in ("elpv", "cifar10", "cifar100") if args.probe is None else args.probe
     weights = weights_file(name, args.teacher_weights)
-    model: Any = load_teacher(name, weights)
+    if weights is None:
+        check_hub(name)
+    try:
+        model: Any = load_teacher(name, weights)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{'--teacher-weights' if weights else '--teacher'}: {error}") from error
     if not probe and model.num_classes != len(data.classes):
         raise ValueError(
             f"the teacher {name} knows {model.num_classes} classes, the data has {len(data.classes)}: "
@@ -203,6 +210,32 @@ def _fit(args: argparse.Namespace, data: Data, device: torch.device, loaded: _Lo
         )
     maps = ActivationTeacher(model, mean=tuple(loaded.mean), std=tuple(loaded.std))
     return Teacher(maps, loaded.size, loaded.title, path)
+
+
+def check_hub(name: str, timeout: float = 5) -> None:
+    """Make sure that timm can load the pretrained weights of a model, without the minute that its download tries.
+
+    Raises:
+        ValueError: they are neither on this machine nor can the hub be reached.
+    """
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if config is None or not config.hf_hub_id or find_spec("huggingface_hub") is None:
+        return  # other sources fail at once, as does an unknown name
+    import huggingface_hub  # comes with timm
+
+    for file in (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
+        if file and isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file), str):
+            return
+    try:
+        url = huggingface_hub.hf_hub_url(config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
+        huggingface_hub.get_hf_file_metadata(url, timeout=timeout)
+    except huggingface_hub.errors.HfHubHTTPError:
+        return  # the hub answers; what it says is for the loader
+    except Exception as error:  # the hub's client changes its kinds of network errors
+        raise ValueError(
+            f"--teacher {name}: its pretrained weights are not on this machine and {url.split('/')[2]} cannot be "
+            f"reached ({error}); give a file with --teacher-weights, a bank with --maps, or --maps area"
+        ) from error
 
 
 def weights_file(name: str, given: str | None) -> Path | None:
@@ -229,7 +262,7 @@ class _WholeImages(Dataset[tuple[Tensor, int, Tensor]]):
         return len(self.ids)
 
     def __getitem__(self, place: int) -> tuple[Tensor, int, Tensor]:
-        image: Image.Image = self.source[self.ids[place]][0].convert("RGB")
+        image: Image.Image = self.source[self.ids[place]][0]
         return self.transform(image), self.ids[place], torch.tensor([image.height, image.width])
 
 
@@ -239,10 +272,10 @@ def _whole_images(
     """Batches (images on the device, ids, sizes) with a progress bar."""
     # A CPU keeps activations of 8 images in its caches and allocator; larger batches are half as fast there.
     batch_size = 64 if device.type == "cuda" else 8
-    loader = DataLoader(_WholeImages(source, size, ids), batch_size, num_workers=workers, generator=torch.Generator())
+    loader = make_loader(_WholeImages(source, size, ids), batch_size, num_workers=workers)
     tqdm.write(f"{title} of {len(ids)} images")
     with tqdm(total=len(ids), desc=title, unit="image", leave=False, dynamic_ncols=True, disable=None) as bar:
-        for images, batch_ids, sizes in loader:
+        for images, batch_ids, sizes in checked_batches(iter(loader)):
             yield images.to(device).contiguous(memory_format=torch.channels_last), batch_ids, sizes
             bar.update(len(images))
 
@@ -265,6 +298,7 @@ def build_bank(teacher: Teacher, data: Data, device: torch.device, workers: int)
     with MapBankWriter.create(
         teacher.bank, len(data.train), (h, w), data.labels, None, teacher.title, data.digest
     ) as writer:
+        writer.skip(torch.tensor(sorted(data.broken), dtype=torch.int64))
         pending = writer.pending().tolist()
         for ids, maps, sizes in whole_maps(teacher, data.train, data.labels, pending, device, workers):
             writer.write(ids, maps, sizes)
@@ -291,9 +325,9 @@ def fit_probe(
     model.eval()
 
     @torch.inference_mode()
-    def features(source: Any, title: str) -> Tensor:
+    def features(source: Any, ids: Sequence[int], title: str) -> Tensor:
         rows = []
-        for images, _, _ in _whole_images(source, size, range(len(source)), device, workers, title):
+        for images, _, _ in _whole_images(source, size, ids, device, workers, title):
             pooled = model.forward_head(model.forward_features((images.float() / 255 - shift) / scale), pre_logits=True)
             rows.append(pooled.float().cpu())
         return torch.cat(rows)
@@ -301,8 +335,12 @@ def fit_probe(
     if path.is_file():
         layer = checkpoint.load(path)
     else:
-        layer = probe(features(data.train, "teacher: features"), torch.tensor(data.labels), len(data.classes))
-        held_out = features(data.val, "teacher: validation features") @ layer["weight"].T + layer["bias"]
+        ids = data.readable()
+        labels = torch.tensor(data.labels)[ids]
+        layer = probe(features(data.train, ids, "teacher: features"), labels, len(data.classes))
+        held_out = (
+            features(data.val, range(len(data.val)), "teacher: validation features") @ layer["weight"].T + layer["bias"]
+        )
         hits = (held_out.argmax(1) == torch.tensor(data.val.targets)).float().mean()
         tqdm.write(f"teacher: the linear probe gets {100 * hits:.1f} % of the validation images right")
         checkpoint.save(layer, path)

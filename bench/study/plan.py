@@ -1,8 +1,12 @@
 """The plan of a study: which runs there are, and in which order."""
 
+import io
 import json
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from train.config import parse
 
 __all__ = ["Plan", "Spec", "load_plan"]
 
@@ -57,20 +61,39 @@ def load_plan(path: Path) -> Plan:
     comments.
 
     Raises:
-        ValueError: the file is missing, is not such a plan, or lists a run twice.
+        ValueError: the file is missing, is not such a plan, has no runs, lists a run twice, or has flags that
+            `python -m train` refuses.
     """
     if not path.is_file():
         raise ValueError(f"--plan: no file {path}")
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         specs = list(expand(content))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--plan {path} is not a plan of a study: {type(error).__name__} {error}") from error
+    except KeyError as error:
+        raise ValueError(f"--plan {path} has no {error}, which its runs need") from error
+    except (TypeError, AttributeError, StopIteration, ValueError) as error:
+        raise ValueError(f"--plan {path} is not a plan of a study: {error}") from error
+    if not specs:
+        raise ValueError(f"--plan {path} must list at least one run")
     names = [spec.name for spec in specs]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"--plan {path} lists {twice[0]} twice")
+    for spec in specs:
+        if refused := refusal(spec.flags):
+            raise ValueError(f"--plan {path}: {spec.name} cannot be trained: {refused}")
     return Plan(path, tuple(content["mixers"]), tuple(specs))
+
+
+def refusal(flags: tuple[str, ...]) -> str:
+    """What `python -m train` has against these flags; empty if nothing."""
+    message = io.StringIO()
+    try:
+        with redirect_stderr(message):
+            parse(list(flags))
+    except SystemExit:
+        return message.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+    return ""
 
 
 def expand(content: dict[str, Any]) -> list[Spec]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .worker import BUSY
 
 __all__ = ["finished", "run_plan", "status"]
 
+Start = Callable[[Spec, Plan, Path], subprocess.Popen[bytes]]
 POLL = 1.0  # seconds between two looks at the processes
 
 
@@ -22,16 +24,22 @@ def finished(plan: Plan, results: Path) -> dict[str, dict[str, Any]]:
     """The results that are there, by name, in the plan's order.
 
     Raises:
-        ValueError: a result was made with other flags than the plan's.
+        ValueError: a file cannot be read as a result, or was made with other flags than the plan's.
     """
     found = {}
     for spec in plan.specs:
         path = results / f"{spec.name}.json"
         if path.is_file():
-            result = json.loads(path.read_text())
-            if tuple(result["flags"]) != spec.flags:
+            try:
+                result = json.loads(path.read_text())
+                flags = tuple(result["flags"])
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path} was made with other flags than the plan's: {' '.join(result['flags'])}; "
+                    f"{path} is not the result of a run: move it away, and the run is done again"
+                ) from error
+            if flags != spec.flags:
+                raise ValueError(
+                    f"{path} was made with other flags than the plan's: {' '.join(flags)}; "
                     "move it away, or give the mixer or model another name in the plan"
                 )
             found[spec.name] = result
@@ -54,8 +62,14 @@ def start(spec: Spec, plan: Plan, results: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def run_plan(plan: Plan, results: Path, jobs: int) -> int:
+def run_plan(plan: Plan, results: Path, jobs: int, start: Start = start) -> int:
     """Do all runs that are not finished; one that fails does not stop the others.
+
+    Args:
+        plan: of the study.
+        results: folder of the run files.
+        jobs: runs at a time.
+        start: makes the process of a run.
 
     Returns:
         How many failed.

@@ -14,12 +14,12 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 
 from tokenmix_kernels.transforms import EvalTransform
-from train import checkpoint
+from train import checkpoint, files
 from train.config import parse
 from train.data import Data, load_data
 from train.loop import train
@@ -89,7 +89,7 @@ def run_one(spec: Spec, results: Path) -> int:
             **evaluate(args, history, results / "cache"),
             "history": history,
         }
-        checkpoint.write_lines([json.dumps(result)], results / f"{spec.name}.json")
+        files.write_lines([json.dumps(result)], results / f"{spec.name}.json")
         shutil.rmtree(work)
     return 0
 

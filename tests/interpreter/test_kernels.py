@@ -22,6 +22,8 @@ DRAWS: dict[str, dict[str, Any]] = {
     "block, pair": {"mode": "pair"},
     "random": {"mask_type": "random", "mode": "elem"},
     "random, beta": {"mask_type": "random", "mode": "pair", "lam": "beta"},
+    "grid": {"mask_type": "grid", "mode": "elem", "grid_cell": 2},
+    "grid, beta": {"mask_type": "grid", "mode": "pair", "lam": "beta", "grid_cell": 3},
     "cutmix": {"mask_type": "cutmix", "mode": "elem", "lam": "beta"},
     "cutmix, half": {"mask_type": "cutmix", "mode": "elem", "lam": 0.5},
     "cutmix, minmax": {"mask_type": "cutmix", "mode": "elem", "cutmix_minmax": (0.2, 0.7)},
@@ -231,7 +233,7 @@ def test_seed_in_memory():
         assert torch.equal(mask, token_mask(2, (6, 6), seed=number, backend="reference"))
 
 
-@pytest.mark.parametrize("mask_type", ["block", "random", "cutmix"])
+@pytest.mark.parametrize("mask_type", ["block", "random", "grid", "cutmix"])
 def test_parts(mask_type):
     options: dict[str, Any] = {"mask_type": mask_type, "seed": 9, "sample_offset": 2**33 + 5, "lam": "beta"}
     mask = token_mask(4, (5, 7), backend="reference", **options)

@@ -211,27 +211,33 @@ def as_words(chosen, bit, WORD: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def random_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl.constexpr):
-    """The `tokens` tokens with the smallest keys: (words [4, WORDS], tokens masked).
+def smallest_keys(key, sample, number, counted, wanted, KEY_BITS: tl.constexpr):
+    """Which of the `number`s [WORDS, BITS] have the `wanted` smallest keys among those that are `counted`.
 
-    Keys are 32-bit random numbers whose low bits are the token's index, so no two are equal. The largest key that is
+    Keys are 32-bit random numbers whose low bits are the number itself, so no two are equal. The largest key that is
     taken is found bit by bit.
     """
-    WORDS: tl.constexpr = GRID.WORDS
-    KEY_BITS: tl.constexpr = bit_length(GRID.GH * GRID.GW - 1)
-    bit, token, real = token_of(GRID)
-    w0, w1, w2, w3 = philox(key, sample, token >> 2, CONST.value.KEYS)
-    which = token & 3
+    w0, w1, w2, w3 = philox(key, sample, number >> 2, CONST.value.KEYS)
+    which = number & 3
     keys = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
-    keys = ((keys >> KEY_BITS) << KEY_BITS) | token.to(tl.uint32)
+    keys = ((keys >> KEY_BITS) << KEY_BITS) | number.to(tl.uint32)
     bound = tl.zeros([], tl.uint32)
     probe = tl.full([], 0x80000000, tl.uint32)
     for _ in range(32):
         higher = bound | probe
-        below = tl.sum(tl.sum((real & (keys < higher)).to(tl.int32), 1), 0)
-        bound = tl.where(below < tokens, higher, bound)
+        below = tl.sum(tl.sum((counted & (keys < higher)).to(tl.int32), 1), 0)
+        bound = tl.where(below < wanted, higher, bound)
         probe = probe >> 1
-    return as_words(real & (keys <= bound) & (tokens > 0), bit, WORD, WORDS)
+    return (keys <= bound) & (wanted > 0)
+
+
+@triton.jit
+def random_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl.constexpr):
+    """The `tokens` tokens with the smallest keys: (words [4, WORDS], tokens masked)."""
+    WORDS: tl.constexpr = GRID.WORDS
+    KEY_BITS: tl.constexpr = bit_length(GRID.GH * GRID.GW - 1)
+    bit, token, real = token_of(GRID)
+    return as_words(real & smallest_keys(key, sample, token, real, tokens, KEY_BITS), bit, WORD, WORDS)
 
 
 @triton.jit
@@ -240,6 +246,26 @@ def given_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: t
     WORDS: tl.constexpr = GRID.WORDS
     bit, token, real = token_of(GRID)
     return as_words(tl.load(mask + i * (GRID.GH * GRID.GW) + token, real, 0) != 0, bit, WORD, WORDS)
+
+
+@triton.jit
+def grid_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl.constexpr):
+    """Random cells of CELL x CELL tokens, as many as the share of `tokens` stands for: (words, tokens masked).
+
+    Each token finds its cell's key, drawn as in `random_mask`; the first token of each cell stands for it in the count.
+    """
+    WORDS: tl.constexpr = GRID.WORDS
+    CELL: tl.constexpr = GRID.CELL
+    COLUMNS: tl.constexpr = (GRID.GW + CELL - 1) // CELL
+    CELLS: tl.constexpr = (GRID.GH + CELL - 1) // CELL * COLUMNS
+    KEY_BITS: tl.constexpr = bit_length(CELLS - 1)
+    bit, token, real = token_of(GRID)
+    row, column = token // GRID.GW, token % GRID.GW
+    cell = row // CELL * COLUMNS + column // CELL
+    first = real & (row % CELL == 0) & (column % CELL == 0)
+    wanted = tl.where(tokens > 0, ((tokens + 1) * CELLS - 1) // (GRID.GH * GRID.GW), 0)
+    chosen = smallest_keys(key, sample, cell, first, wanted, KEY_BITS)
+    return as_words(real & chosen, bit, WORD, WORDS)
 
 
 @triton.jit
@@ -292,7 +318,8 @@ def draw(
     WORD: tl.constexpr = tl.uint32 if GRID.GW <= 32 else tl.uint64
     WORDS: tl.constexpr = GRID.WORDS
     key = read_seed(seed, seed_high)
-    sample = tl.cast(sample_offset, tl.int64)
+    # The interpreter's cast alone would leave an offset between 2**31 and 2**32 in 32 bits.
+    sample = tl.cast(sample_offset, tl.int64) + tl.zeros([], tl.int64)
     if RULE.MODE == CONST.value.PAIR:
         sample += tl.minimum(i, j)
     elif RULE.MODE != CONST.value.BATCH:

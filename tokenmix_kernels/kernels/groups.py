@@ -101,7 +101,7 @@ class Tables(NamedTuple):
 
 
 class Results(NamedTuple):
-    """targets [B, K] and weights [B, 2] fp32, mask [B, GH, GW] and kind [B] bytes; each may be None."""
+    """targets [B, K], weights [B, 2] fp32; mask [B, GH, GW] bytes or fp32 shares; kind [B] bytes. Each may be None."""
 
     targets: Any
     weights: Any
@@ -127,7 +127,10 @@ class Draw(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Image size H x W, patch size P, token grid GH x GW, WORD_ROWS grid rows in each of WORDS words of a mask."""
+    """Image size H x W, patch size P, token grid GH x GW, WORD_ROWS grid rows in each of WORDS words of a mask.
+
+    A grid mask has cells of CELL x CELL tokens.
+    """
 
     H: int
     W: int
@@ -137,6 +140,7 @@ class Grid(NamedTuple):
     WORD_ROWS: int
     WORDS: int
     AREA_BITS: int
+    CELL: int
 
 
 class Layout(NamedTuple):
@@ -178,6 +182,7 @@ class Rule(NamedTuple):
     MODE: int
     KIND: int
     WHOLE_TOKENS: bool
+    AS_IN_PAPER: bool
     HAS_HEADER: bool
     HAS_MIXUP: bool
     HAS_MINMAX: bool

@@ -28,9 +28,9 @@ from . import draw
 from .fused import mix_kernel
 from .groups import EvidencePointers, Grid, Layout, MapForm, Normalisation, Pairs, Results, Rule, Strides, Tables, Tile
 
-__all__ = ["Card", "Launch", "launch_shape", "mix", "pool_targets", "prepare", "token_mask"]
+__all__ = ["Card", "Launch", "interpreted", "launch_shape", "mix", "pool_targets", "prepare", "token_mask"]
 
-NO_STRIDES = (1, 1, 1, 1)
+NO_STRIDES: tuple[int, ...] = (1, 1, 1, 1)
 
 
 class Launch(NamedTuple):
@@ -42,6 +42,11 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         mix_kernel[self.grid](**self.arguments, **self.options)
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets the kernels, which it decides when it is imported."""
+    return not isinstance(mix_kernel, triton.JITFunction)
 
 
 class Fixed(NamedTuple):
@@ -65,7 +70,6 @@ class Card(NamedTuple):
 
 # Where there is no GPU: the interpreter and ahead-of-time compilation. No instructions of one vendor.
 NO_CARD = Card(108, 0, False)
-INTERPRETED = not isinstance(mix_kernel, triton.runtime.JITFunction)
 
 
 @lru_cache(maxsize=64)
@@ -177,6 +181,7 @@ def fixed_part(
         MODE=mode,
         KIND=rule.kind,
         WHOLE_TOKENS=rule.whole_tokens,
+        AS_IN_PAPER=rule.as_in_paper,
         HAS_HEADER=plan.mixes < 1 << 24 or has_mixup or drawn_lam,
         HAS_MIXUP=has_mixup,
         HAS_MINMAX=bool(settings.minmax),
@@ -207,8 +212,10 @@ def fixed_part(
         options["maxnreg"] = 64 if words <= 16 or not patch & (patch - 1) else 128
     constants = {
         "MASK_RULE": getattr(draw, f"{settings.mask_type}_mask") if rule.whole_tokens else None,
-        "GRID": Grid(height, width, patch, grid_h, grid_w, word_rows, words, area_bits(grid_h * grid_w)),
-        "LAYOUT": Layout(channels, sc, sh, sw, oc, oh, ow, nhwc, in_place, card.ptx, INTERPRETED),
+        "GRID": Grid(
+            height, width, patch, grid_h, grid_w, word_rows, words, area_bits(grid_h * grid_w), settings.grid_cell
+        ),
+        "LAYOUT": Layout(channels, sc, sh, sw, oc, oh, ow, nhwc, in_place, card.ptx, interpreted()),
         "TILE": tile,
         "RULE": rule_group,
         "MAPS": maps_group,
@@ -344,7 +351,7 @@ def mix(
     if whole:
         grid = (height // settings.patch_size, width // settings.patch_size)
         weights = torch.empty(batch, 2, dtype=torch.float32, device=device)
-        mask_out = torch.empty(batch, *grid, dtype=torch.bool, device=device)
+        mask_out = torch.empty(batch, *grid, dtype=torch.float32 if settings.shares else torch.bool, device=device)
         kind = torch.empty(batch, dtype=torch.uint8, device=device)
     results = Results(targets, weights, mask_out, kind)
     prepare(

@@ -82,7 +82,8 @@ def write_targets(
     taken = taken_share(drawn, TOKENS, GRID, RULE)
     token = tl.arange(0, TOKENS)
     if results.mask is not None and side == 1:
-        tl.store(results.mask + i * COUNT + token, taken > 0.5, token < COUNT)
+        SHARES: tl.constexpr = results.mask.dtype.element_ty == tl.float32
+        tl.store(results.mask + i * COUNT + token, taken if SHARES else taken > 0.5, token < COUNT)
     if results.kind is not None and side == 1:
         tl.store(results.kind + i, drawn.kind.to(tl.uint8))
     if results.weights is None and results.targets is None:
@@ -112,9 +113,7 @@ def write_targets(
         if results.weights is not None:
             tl.store(results.weights + i * 2 + n, weight)
         timm = weight * (1.0 - smoothing)
-        raised += (
-            tl.where(drawn.kind > CONST.value.MIXUP, weight - smoothing * 0.5, timm) if RULE.WHOLE_TOKENS else timm
-        )
+        raised += tl.where(drawn.kind > CONST.value.MIXUP, weight - smoothing * 0.5, timm) if RULE.AS_IN_PAPER else timm
         n += 1
     if results.targets is not None:
         # The side again, from where the loop stopped: a register less while it runs.

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from ..inputs import Evidence, Result
 from ..settings import Settings
+from .attention import attention_targets
 from .draw import CPU, Draw, draw, partner_of
 from .evidence import pool, pool_tokens
 from .pixels import mix_pixels, swap_pixels
-from .targets import write_targets, write_weights
+from .targets import taken_share, write_targets, write_weights
 
-__all__ = ["Draw", "draw", "mix", "pool_targets", "pool_tokens", "token_mask"]
+__all__ = ["Draw", "attention_targets", "draw", "mix", "pool_targets", "pool_tokens", "token_mask"]
 
 
 def mix(
@@ -39,7 +40,8 @@ def mix(
     weights = write_weights(evidence, labels, pairs, drawn, settings)
     targets = write_targets(weights, labels, pairs, drawn, settings)
     kind = torch.tensor(drawn.kind, dtype=torch.uint8, device=CPU)
-    return Result(targets.to(device), drawn.mask.to(device), weights.to(device), kind.to(device))
+    mask = taken_share(drawn, settings).float() if settings.shares else drawn.mask
+    return Result(targets.to(device), mask.to(device), weights.to(device), kind.to(device))
 
 
 def token_mask(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: int, settings: Settings) -> Tensor:

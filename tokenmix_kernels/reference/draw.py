@@ -20,6 +20,7 @@ __all__ = ["Draw", "draw", "partner_of", "philox"]
 HEADER, RECTANGLE, TRIES, KEYS = 0, 1, 2, 3  # streams of the random counters
 LOW32 = 0xFFFFFFFF
 CPU = torch.device("cpu")
+Rectangle = tuple[int, int, int, int]
 
 
 class Draw(NamedTuple):
@@ -35,7 +36,7 @@ class Draw(NamedTuple):
     kind: list[int]
     lam: list[int]
     mask: Tensor
-    rectangle: list[tuple[int, int, int, int]]
+    rectangle: list[Rectangle]
 
 
 def philox(seed: int, samples: Tensor, draws: Tensor, stream: int) -> Tensor:
@@ -87,7 +88,7 @@ def header(words: list[int], settings: Settings, plan: Plan, count: int) -> tupl
     return kind, lam, min(count, ((65536 - lam) * count >> 16) + plan.minimum_tokens)
 
 
-def block_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, int]) -> Tensor:
+def block_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, int], cell: int) -> Tensor:
     """Rectangles of random area and aspect ratio until `tokens` [U] are masked, [U, G] bool."""
     words = philox(seed, samples[:, None], counting(32), TRIES).tolist()
     masks = [
@@ -150,7 +151,7 @@ def unpack(masks: list[int], count: int) -> Tensor:
     return (octets >> counting(8).byte() & 1).bool().flatten(1)[:, :count]
 
 
-def random_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, int]) -> Tensor:
+def random_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, int], cell: int) -> Tensor:
     """The `tokens` [U] tokens with the smallest keys, [U, G] bool.
 
     Keys are 32-bit random numbers whose low bits are the token's index, so no two are equal.
@@ -162,12 +163,26 @@ def random_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, 
     return keys.argsort(1).argsort(1) < torch.tensor(tokens, dtype=torch.int64, device=CPU)[:, None]
 
 
-TOKEN_RULES: dict[str, Callable[[int, Tensor, list[int], tuple[int, int]], Tensor]] = {
+def grid_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, int], cell: int) -> Tensor:
+    """Random cells of cell x cell tokens, [U, G] bool: as many as the share of `tokens` [U] stands for.
+
+    The cells at the lower and right edges are smaller where the cell does not divide the grid.
+    """
+    rows, columns = (-(-side // cell) for side in grid)
+    count, cells = grid[0] * grid[1], rows * columns
+    # Rounded down; not twice, since the tokens were rounded down before.
+    wanted = [((number + 1) * cells - 1) // count if number else 0 for number in tokens]
+    chosen = random_mask(seed, samples, wanted, (rows, columns), 1).view(-1, rows, columns)
+    chosen = chosen.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+    return chosen[:, : grid[0], : grid[1]].flatten(1)
+
+
+TOKEN_RULES: dict[str, Callable[[int, Tensor, list[int], tuple[int, int], int], Tensor]] = {
     name: globals()[f"{name}_mask"] for name, rule in MASK_RULES.items() if rule.whole_tokens and rule.drawn
 }
 
 
-def cutmix_rectangle(words: list[int], lam: int, plan: Plan, minmax: bool, height: int, width: int) -> tuple[int, ...]:
+def cutmix_rectangle(words: list[int], lam: int, plan: Plan, minmax: bool, height: int, width: int) -> Rectangle:
     """(top, bottom, left, right) in pixels, as `timm.data.mixup.rand_bbox` and `rand_bbox_minmax` place it."""
     if minmax:
         cut_h = plan.low_h + (words[0] * plan.span_h >> 32)
@@ -183,7 +198,7 @@ def cutmix_rectangle(words: list[int], lam: int, plan: Plan, minmax: bool, heigh
     return top, bottom, left, right
 
 
-def coverage(rectangle: tuple[int, int, int, int], grid: tuple[int, int], patch: int) -> Tensor:
+def coverage(rectangle: Rectangle, grid: tuple[int, int], patch: int) -> Tensor:
     """Pixels of each token inside a rectangle, [Gh, Gw] int64."""
     top, bottom, left, right = rectangle
     rows, columns = counting(grid[0]) * patch, counting(grid[1]) * patch
@@ -211,7 +226,7 @@ def draw(
 
     headers = philox(seed, units, counting(1), HEADER).tolist()
     kinds, lams, tokens = zip(*(header(words, settings, plan, grid[0] * grid[1]) for words in headers), strict=True)
-    rectangles: list[tuple[int, ...]] = [(0, 0, 0, 0)] * len(units)
+    rectangles: list[Rectangle] = [(0, 0, 0, 0)] * len(units)
     masks = torch.zeros(len(units), grid[0] * grid[1], dtype=torch.bool, device=CPU)
     if rule.kind in kinds and not rule.whole_tokens:
         words = philox(seed, units, counting(1), RECTANGLE).tolist()
@@ -220,7 +235,7 @@ def draw(
                 rectangles[u] = cutmix_rectangle(words[u], lams[u], plan, bool(settings.minmax), height, width)
         masks = torch.stack([2 * coverage(r, grid, patch) > patch * patch for r in rectangles]).flatten(1)
     elif rule.kind in kinds and rule.drawn:
-        masks = TOKEN_RULES[settings.mask_type](seed, units, list(tokens), grid)
+        masks = TOKEN_RULES[settings.mask_type](seed, units, list(tokens), grid, settings.grid_cell)
     masks = masks[unit_of]
     if not rule.drawn:
         assert mask is not None

@@ -38,12 +38,12 @@ def write_weights(evidence: Evidence, labels: Tensor, partner: Tensor, drawn: Dr
 def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> Tensor:
     """Dense soft targets [B, K] fp32.
 
-    Masks of whole tokens: the paper's, w - eps/2 + eps/(2K) for each side, added up. Else timm's,
-    w * (1 - eps) + eps/K. A label out of range adds nothing.
+    By the rule of the mask the paper's, w - eps/2 + eps/(2K) for each side, added up; or timm's, w * (1 - eps) + eps/K,
+    which Mixup always has. A label out of range adds nothing.
     """
     classes, smoothing = settings.num_classes, settings.label_smoothing
-    whole = {rule.kind for rule in MASK_RULES.values() if rule.whole_tokens}
-    tokens = torch.tensor([kind in whole for kind in drawn.kind], device=CPU)[:, None]
+    paper = {rule.kind for rule in MASK_RULES.values() if rule.as_in_paper}
+    tokens = torch.tensor([kind in paper for kind in drawn.kind], device=CPU)[:, None]
     raised = torch.where(tokens, weights - smoothing / 2, weights * (1 - smoothing))  # [B, 2]
     pair = torch.stack([labels, labels[partner]], 1)
     known = (pair >= 0) & (pair < classes)

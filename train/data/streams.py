@@ -5,90 +5,68 @@ be exact is: an epoch's batches depend on the seed, the epoch and the numbers of
 are therefore started anew for every epoch, from a seed of the epoch's own, and each makes the same number of batches.
 """
 
-from __future__ import annotations
-
 import argparse
-import operator
 from collections.abc import Iterator
-from copy import copy
 from itertools import islice
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from tqdm import tqdm
 
 from tokenmix_kernels.transforms import EvalTransform, TrackedTransform
 
-from .data import Batch, Data, seeded
+from .batch import Batch, seeded
+from .broken import sentence
+from .dataset import Data
+from .timm_readers import Stream
 
 REPEATS = 3  # of each image with --repeated-aug, as timm's RepeatAugSampler
 
 
-class Stream:
-    """A split as timm's IterableImageDataset reads it; images pass once per epoch and cannot be asked for."""
-
-    targets: tuple[int, ...] = ()  # not known before they pass
-
-    def __init__(self, images: Any, num_classes: int, name: str) -> None:
-        self.images = images
-        self.num_classes = num_classes
-        self.name = name
-
-    def __len__(self) -> int:
-        return int(self.images.reader.num_samples)
-
-    def share(self, rank: int, world: int, workers: int) -> Stream:
-        """The same split for one of several processes; the reader shards it among them and their workers."""
-        part = copy(self)
-        part.images, part.images.reader = copy(self.images), copy(self.images.reader)
-        part.images.reader.dist_rank, part.images.reader.dist_num_replicas = rank, world
-        part.images.set_loader_cfg(num_workers=workers)
-        return part
-
-    def read(self) -> Iterator[tuple[Image.Image, int]]:
-        """(image, label) of the samples of this worker.
-
-        Raises:
-            ValueError: a target is not the number of a class.
-        """
-        for image, target in self.images:
-            try:
-                label = operator.index(target)
-            except TypeError:
-                raise ValueError(f"--data {self.name} has the target {target!r}, not a class number") from None
-            if not 0 <= label < self.num_classes:
-                raise ValueError(f"--data {self.name} has the label {label}, not one of {self.num_classes} classes")
-            yield image, label
-
-
 class WorkerStream(IterableDataset[Any]):
-    """Whole batches of one worker, or the sentence that says why there are no more.
+    """Whole batches of one worker, each with the sentences about images left out since the one before.
 
-    Loaders wait long for workers that raised, and put tracebacks around the sentence: `checked` raises it instead.
+    Loaders wait long for workers that raised, and put tracebacks around what they said: a sentence comes in the place
+    of a batch, and `checked` raises it. The last item may have sentences only.
     """
+
+    source: Stream
 
     def batches(self) -> Iterator[Any]:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            yield from self.batches()
-        except (ValueError, RuntimeError) as error:
-            yield str(error)
+            for batch in self.batches():
+                yield batch, self.take_skipped()
+            if skipped := self.take_skipped():
+                yield None, skipped
+        except (ValueError, RuntimeError, OSError) as error:
+            yield sentence(error)
+
+    def take_skipped(self) -> list[str]:
+        skipped, self.source.skipped = self.source.skipped, []
+        return skipped
 
 
-def checked(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches of workers.
+def checked(items: Iterator[Any], skipped: set[str]) -> Iterator[Any]:
+    """The batches of workers; sentences about images that were left out are added to `skipped`.
 
     Raises:
-        ValueError: one of them came upon an error.
+        ValueError: one of the workers came upon an error.
     """
-    for batch in batches:
-        if isinstance(batch, str):
-            raise ValueError(batch)
-        yield batch
+    for item in items:
+        if isinstance(item, str):
+            raise ValueError(item)
+        batch, sentences = item
+        for why in sentences:
+            if why not in skipped:
+                tqdm.write(f"skipped: {why}")
+                skipped.add(why)
+        if batch is not None:
+            yield batch
 
 
 class TrainStream(WorkerStream):
@@ -191,11 +169,11 @@ class StreamBatches:
         self.samples.first, past = divmod(first_step, self.workers)
         with seeded(self.args.seed, epoch, self.rank):
             self.loader.generator.manual_seed(int(torch.randint(2**62, ())))
-        return islice(checked(iter(self.loader)), past, None)
+        return islice(checked(iter(self.loader), self.data.skipped), past, None)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images [B, 3, S, S] uint8, labels [B] int64) of this process's share."""
-        return checked(iter(self.eval_loader))
+        return checked(iter(self.eval_loader), self.data.skipped)
 
     def batch(self, epoch: int, positions: Tensor, world: int) -> Batch:
         """A batch of any process of a run of `world` processes again; reads the epoch up to it."""

@@ -1,10 +1,12 @@
 """Activation maps against the logits of the models themselves."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
 
-from tokenmix_kernels.activation import ActivationTeacher, load_teacher
+from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher
 
 timm = pytest.importorskip("timm", reason="needs the extra 'maps'")
 
@@ -176,9 +178,9 @@ def test_model_without_timm_methods_is_refused():
     [
         (torch.zeros(3, 64, 64), torch.tensor([1]), r"images must be \[B, C, H, W\]"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.int32), torch.tensor([1]), "uint8 or floating point"),
-        (torch.zeros(2, 3, 64, 64), torch.tensor([1]), "labels must be int64"),
-        (torch.zeros(1, 3, 64, 64), torch.tensor([1.0]), "labels must be int64"),
-        (torch.zeros(1, 3, 64, 64), torch.tensor([17]), r"\[0, 17\).*found 17 to 17"),
+        (torch.zeros(2, 3, 64, 64), torch.tensor([1]), "labels must be integers"),
+        (torch.zeros(1, 3, 64, 64), torch.tensor([1.0]), "labels must be integers"),
+        (torch.zeros(1, 3, 64, 64), torch.tensor([17]), r"\[0, 17\).*got 17 to 17"),
         (torch.zeros(1, 3, 64, 64), torch.tensor([-1]), r"\[0, 17\)"),
     ],
 )
@@ -220,38 +222,103 @@ def test_demo_teacher_from_its_package_sees_the_cat():
     assert raw[0, :, :5].mean() > 2 * raw[0, :, 5:].mean()
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_come_from_a_file(tmp_path, suffix):
-    model = make("test_resnet", {}, classes=6)
-    if suffix == ".pth":
-        torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "w.pth")
-    else:
-        pytest.importorskip("safetensors.torch", reason="needs the extra 'train'").save_model(
-            model, tmp_path / "w.safetensors"
-        )
-    loaded = load_teacher("test_resnet", tmp_path / f"w{suffix}")
-    assert not loaded.training and loaded.num_classes == 6  # as many as the checkpoint has
-    for key, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value)
+def test_integer_labels_of_any_width_are_taken():
+    teacher = ActivationTeacher(make("test_resnet", {}))
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([3, 16])
+    expected = teacher(images, labels)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(teacher(images, labels.to(dtype)), expected)
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path):
-    state = make("test_resnet", {}, classes=6).state_dict()
-    torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"does not fit test_resnet: 2 parameters of another shape .first fc.bias"):
-        load_teacher("test_resnet", tmp_path / "w.pth", num_classes=7)
-    with pytest.raises(ValueError, match=r"does not fit test_efficientnet: .* parameters missing"):
-        load_teacher("test_efficientnet", tmp_path / "w.pth")
-    torch.save({f"other.{k}": v for k, v in state.items() if "bn1" not in k}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="does not fit test_resnet"):
-        load_teacher("test_resnet", tmp_path / "w.pth", num_classes=6)
-    torch.save({f"other.{k}": v for k, v in state.items()}, tmp_path / "w.pth")
-    renamed = load_teacher("test_resnet", tmp_path / "w.pth", num_classes=6)
-    assert torch.equal(renamed.state_dict()["fc.weight"], state["fc.weight"])
-    (tmp_path / "w.pth").write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match=r"w\.pth is not a checkpoint that can be read"):
-        load_teacher("test_resnet", tmp_path / "w.pth")
-    with pytest.raises(FileNotFoundError, match="no weights file"):
-        load_teacher("test_resnet", tmp_path / "absent.pth")
-    with pytest.raises(ValueError, match=r"timm knows no model 'resnet5O'; did you mean .*resnet50"):
-        load_teacher("resnet5O")
+STATES = ["autocast", "default dtype", "default device", "matmul precision", "inference mode", "deterministic"]
+
+
+@contextmanager
+def process_state(name):
+    """Something that a training script sets for its own sake."""
+    contexts = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "default device": lambda: torch.device("meta"),
+        "inference mode": torch.inference_mode,
+    }
+    try:
+        if name == "default dtype":
+            torch.set_default_dtype(torch.float64)
+        if name == "matmul precision":
+            torch.set_float32_matmul_precision("medium")
+        if name == "deterministic":
+            torch.use_deterministic_algorithms(True)
+        with contexts.get(name, torch.enable_grad)():
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "test_vit"])
+def test_state_of_the_process_has_no_influence(name, state):
+    """Neither on whether a model is taken, which is decided by numbers, nor on a bit of its maps."""
+    model = make(name, {"img_size": 64} if name == "test_vit" else {})
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    labels = torch.tensor([3, 16])
+    expected = ActivationTeacher(model, mean=(0.4,), std=(0.2,)).raw(images, labels)
+    with process_state(state):
+        teacher = ActivationTeacher(model, mean=(0.4,), std=(0.2,))
+        found = teacher.raw(images, labels)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert torch.equal(teacher.raw(images, labels), expected)
+
+
+def test_the_model_runs_at_full_precision_and_the_callers_comes_back():
+    """Where the processor has no bf16 units the results do not show it, so the setting itself is looked at."""
+    teacher = ActivationTeacher(make("resnet10t", {}))
+    seen = []
+    backends = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    teacher.model.conv1.register_forward_pre_hook(lambda *_: seen.extend(b.fp32_precision for b in backends))
+    with process_state("matmul precision"):
+        before = [backend.fp32_precision for backend in backends]
+        assert before[0] == "bf16"
+        teacher(torch.randn(1, 3, 64, 64), torch.tensor([0]))
+        assert [backend.fp32_precision for backend in backends] == before
+        assert torch.get_float32_matmul_precision() == "medium"
+        with pytest.raises(RuntimeError):
+            teacher(torch.randn(1, 4, 64, 64), torch.tensor([0]))
+        assert [backend.fp32_precision for backend in backends] == before
+    assert set(seen) == {"ieee"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "test_vit", "test_vit tokens"])
+def test_teachers_of_any_dtype_take_uint8_and_float_images(name, dtype):
+    name, _, method = name.partition(" ")
+    model = make(name, {"img_size": 64} if name == "test_vit" else {})
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    labels = torch.tensor([3, 16])
+    options = {"method": method or "auto", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    expected = ActivationTeacher(model, **options).raw(images, labels)
+    before = ActivationTeacher(model.to(dtype), **options)
+    after = ActivationTeacher(model.float(), **options).to(dtype)
+    size = expected.abs().max()
+    for teacher in (before.to(dtype), after):
+        assert teacher.dtype == dtype and teacher.mean.dtype == torch.float32
+        assert teacher.mean.flatten().tolist() == torch.tensor(options["mean"]).tolist()  # not rounded to half
+        for given in (images, (images / 255 - teacher.mean) / teacher.std):
+            found = teacher.raw(given, labels)
+            assert found.dtype == torch.float32
+            error = float((found - expected).abs().max() / size)
+            assert error < {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-4}[dtype]
+
+
+@pytest.mark.parametrize(
+    ("statistics", "says"),
+    [
+        ({"std": (0.2, 0.0, 0.2)}, "std must be finite and above 0"),
+        ({"mean": (float("nan"),)}, "mean must be finite"),
+        ({"mean": "grey"}, "mean must be a sequence of numbers"),
+    ],
+)
+def test_bad_statistics_are_named(statistics, says):
+    with pytest.raises(ValueError, match=says):
+        ActivationTeacher(make("test_resnet", {}), **statistics)

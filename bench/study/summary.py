@@ -1,0 +1,237 @@
+"""The figures of a study: means, intervals and paired differences of its finished runs."""
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenmix_kernels.extras import require
+from train import files
+
+from .plan import Plan, Spec
+from .runner import finished
+
+__all__ = ["MEASURES", "interval", "load_summary", "save_summary", "summarise"]
+
+KIND = "study"
+
+
+class Measure(NamedTuple):
+    """One column of the tables.
+
+    Attributes:
+        title: heading of the column.
+        better: 1 if more is better, -1 if less is.
+        digits: shown after the point.
+        part: of a run's result, "selected" or "last" weights.
+        key: in that part.
+    """
+
+    title: str
+    better: int
+    digits: int
+    part: str
+    key: str
+
+
+MEASURES = {
+    "top1": Measure("top-1, %", 1, 1, "selected", "top1"),
+    "balanced": Measure("balanced, %", 1, 1, "selected", "balanced"),
+    "nll": Measure("NLL, nats", -1, 3, "selected", "nll"),
+    "ece": Measure("ECE, %", -1, 1, "selected", "ece"),
+    "train_top1": Measure("training top-1, %", 1, 1, "selected", "train_top1"),
+    "last_top1": Measure("top-1 of the last weights, %", 1, 1, "last", "top1"),
+}
+
+
+def interval(values: Sequence[float]) -> list[float] | None:
+    """Two-sided 95 % confidence interval of the mean of `values`, by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    quantile = require("scipy.stats", extra="test").t.ppf(0.975, len(values) - 1)
+    half = float(quantile) * statistics.stdev(values) / math.sqrt(len(values))
+    return [statistics.mean(values) - half, statistics.mean(values) + half]
+
+
+def estimate(values: Sequence[float]) -> dict[str, Any]:
+    """`values`, one per seed, with their `mean` and its `interval`."""
+    return {"mean": statistics.mean(values), "interval": interval(values), "values": list(values)}
+
+
+def over_images(run: dict[str, Any], other: dict[str, Any]) -> list[int]:
+    """[N], for each test image 1 if only `run` has it right, -1 if only `other` has, else 0."""
+    if run["test_labels"] != other["test_labels"]:
+        raise ValueError(
+            f"the runs {spec_name(run)} and {spec_name(other)} were tested on different images: move one of them away"
+        )
+    labels, first, second = run["test_labels"], run["selected"]["predicted"], other["selected"]["predicted"]
+    return [(p == label) - (q == label) for p, q, label in zip(first, second, labels, strict=True)]
+
+
+def spec_name(run: dict[str, Any]) -> str:
+    """Name of the run that a result is of."""
+    return Spec(run["mixer"], run["model"], run["label_fraction"], run["epochs"], run["seed"], ()).name
+
+
+def image_interval(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[float]:
+    """95 % interval of the mean difference in top-1 over the test images, in points, with the trained models fixed.
+
+    Args:
+        runs: pairs of results of the same seed; the difference of an image is averaged over them.
+    """
+    columns = zip(*(over_images(run, other) for run, other in runs), strict=True)
+    differences = [statistics.mean(column) for column in columns]  # [N]
+    mean = statistics.mean(differences)
+    half = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
+    return [100 * (mean - half), 100 * (mean + half)]
+
+
+def compare(runs: dict[int, dict[str, Any]], baseline: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+    """Differences run minus baseline over the seeds that both have; None if there is none."""
+    seeds = [seed for seed in runs if seed in baseline]
+    if not seeds:
+        return None
+    found: dict[str, Any] = {"seeds": seeds}
+    for name, measure in MEASURES.items():
+        found[name] = estimate([read(runs[seed], measure) - read(baseline[seed], measure) for seed in seeds])
+    found["top1"]["image_interval"] = image_interval([(runs[seed], baseline[seed]) for seed in seeds])
+    return found
+
+
+def read(run: dict[str, Any], measure: Measure) -> float:
+    """The value of a measure in a run's result."""
+    return float(run[measure.part][measure.key])
+
+
+def curves(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Occlusion curves: shares of blanked tokens, from none on, and for each order top-1 [seeds][shares]."""
+    return {
+        "shares": [0.0, *runs[0]["occluded"]],
+        **{
+            order: [[run["selected"]["top1"], *run["occlusion"][order]] for run in runs]
+            for order in ("random", "evidence")
+        },
+    }
+
+
+def summarise(plan: Plan, results: Path) -> dict[str, Any]:
+    """The figures of all runs that are finished.
+
+    Args:
+        plan: of the study; its first mixer is what the others are compared with.
+        results: folder of the run files; runs that are not there yet are left out and counted.
+
+    Raises:
+        ValueError: no run is finished, or a file is not a result of this plan.
+    """
+    done = finished(plan, results)
+    if not done:
+        raise ValueError(f"--results {results} has no finished run of {plan.path} yet: run the study first")
+    baseline = plan.mixers[0]
+    settings = []
+    for key in dict.fromkeys(spec.setting for spec in plan.specs):
+        mine = [spec for spec in plan.specs if spec.setting == key]
+        runs = {
+            mixer: {spec.seed: done[spec.name] for spec in mine if spec.mixer == mixer and spec.name in done}
+            for mixer in plan.mixers
+        }
+        if any(runs.values()):
+            planned = {mixer: sum(spec.mixer == mixer for spec in mine) for mixer in plan.mixers}
+            settings.append(one_setting(key, runs, baseline, planned))
+    first = next(iter(done.values()))
+    path = plan.path.resolve()
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)
+    summary = {
+        "kind": KIND,
+        "command": f"python -m bench.study --plan {shown}",
+        "versions": {name: sorted({run[name] for run in done.values()}) for name in ("torch", "timm", "cpu")},
+        "data": first["args"]["data"],
+        "model": {key: first["args"][key] for key in ("model", "model_kwargs", "input_size")},
+        "loss": "binary cross-entropy" if first["args"]["bce_loss"] else "cross-entropy",
+        "images": {key: first["images"][key] for key in ("held_out", "test")},
+        "largest_class": 100 * max(Counter(first["test_labels"]).values()) / len(first["test_labels"]),
+        "runs": {"planned": len(plan.specs), "finished": len(done)},
+        "seconds": round(sum(run["seconds"] for run in done.values())),
+        "baseline": baseline,
+        "mixers": list(plan.mixers),
+        "settings": sorted(
+            settings, key=lambda setting: (setting["model"], setting["label_fraction"], setting["epochs"])
+        ),
+    }
+    whole: dict[str, Any] = rounded(summary)
+    return whole
+
+
+def one_setting(
+    key: tuple[str, float, int], runs: dict[str, dict[int, dict[str, Any]]], baseline: str, planned: dict[str, int]
+) -> dict[str, Any]:
+    """The figures of the runs that differ only in mixer and seed."""
+    model, label_fraction, epochs = key
+    mixers = {}
+    for mixer, by_seed in runs.items():
+        if not by_seed:
+            continue
+        mine = list(by_seed.values())
+        mixers[mixer] = {
+            "seeds": list(by_seed),
+            "planned": planned[mixer],
+            **{name: estimate([read(run, measure) for run in mine]) for name, measure in MEASURES.items()},
+            "held_out_top1": [run["selected_held_out_top1"] for run in mine],
+            "selected_epoch": [run["selected_epoch"] for run in mine],
+            "seconds": [run["seconds"] for run in mine],
+            "occlusion": curves(mine),
+            "difference": None if mixer == baseline else compare(by_seed, runs[baseline]),
+        }
+    return {
+        "model": model,
+        "label_fraction": label_fraction,
+        "epochs": epochs,
+        "train_images": next(run["images"]["train"] for by_seed in runs.values() for run in by_seed.values()),
+        "mixers": mixers,
+    }
+
+
+def rounded(value: Any) -> Any:
+    """`value` with all floats in it to four digits after the point."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def compact(value: Any, indent: int = 0) -> str:
+    """JSON with one line for each list or object that holds no other one, so that a diff shows what changed."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not any(isinstance(item, dict | list) for item in items):
+        return json.dumps(value)
+    inner = " " * (indent + 1)
+    if isinstance(value, dict):
+        lines = [f"{inner}{json.dumps(key)}: {compact(item, indent + 1)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{' ' * indent}}}"
+    return "[\n" + ",\n".join(inner + compact(item, indent + 1) for item in value) + f"\n{' ' * indent}]"
+
+
+def save_summary(summary: dict[str, Any], path: Path) -> None:
+    """Write a summary, atomically."""
+    files.write_lines([compact(summary)], path)
+
+
+def load_summary(path: Path) -> dict[str, Any]:
+    """Read a summary that `save_summary` wrote.
+
+    Raises:
+        ValueError: the file is missing or is not a summary of a study.
+    """
+    if not path.is_file():
+        raise ValueError(f"--from-summary: no file {path}")
+    try:
+        summary = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--from-summary {path} is not JSON: {error}") from error
+    if not isinstance(summary, dict) or summary.get("kind") != KIND or "settings" not in summary:
+        raise ValueError(f"--from-summary {path} must be a study.json that --report wrote")
+    return summary

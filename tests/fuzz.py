@@ -1,0 +1,318 @@
+"""Random mixes: the kernels against the reference, and the public face against wrong input.
+
+`python -m tests.fuzz --cases 100000` compares for as long as it is told; the tests run a bounded part of the same
+cases. A difference is reported with the number that makes its case again: `--first NUMBER --cases 1`.
+"""
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import torch
+from torch import Tensor
+
+from tokenmix_kernels import TokenMix, TopKMaps, dispatch, kernels, pool_targets, reference, token_mask, tokenmix
+from tokenmix_kernels.inputs import Evidence, Result
+from tokenmix_kernels.settings import MASK_RULES, Settings
+
+TOLERANCE = 1e-6  # of targets and weights
+EDGES = (0, 1, 16, 2**31 - 1)
+SEEDS = (0, 1, 16, 2**32, 2**32 + 1, 2**63 - 1, -1, -(2**63))
+OFFSETS = (0, 1, 16, 2**32 - 3, 2**32, 2**40, 2**62 - 1)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+
+
+class Case(NamedTuple):
+    """One mix, as the operators take it."""
+
+    images: Tensor
+    labels: Tensor
+    partner: Tensor | None
+    evidence: Evidence
+    mask: Tensor | None
+    seed: Tensor
+    sample_offset: int
+    settings: Settings
+    out_dtype: torch.dtype
+    in_place: bool
+
+    def describe(self) -> str:
+        parts = [f"images {list(self.images.shape)} {self.images.dtype} strides {self.images.stride()}"]
+        parts += [f"storage offset {self.images.storage_offset()}, out {self.out_dtype}, in place {self.in_place}"]
+        for name, value in (("partner", self.partner), *self.evidence._asdict().items(), ("mask", self.mask)):
+            if isinstance(value, Tensor):
+                parts.append(f"{name} {list(value.shape)} {value.dtype}")
+        return "; ".join([*parts, f"seed {int(self.seed)}, offset {self.sample_offset}", str(self.settings)])
+
+
+def some_images(pick: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Images in any layout, at any offset in their storage."""
+    batch, channels, height, width = shape
+    layout = pick.choice(("contiguous", "channels_last", "window", "batch_slice", "offset", "transposed"))
+    source = torch.Generator().manual_seed(pick.randrange(2**31))
+
+    def fresh(*size: int) -> Tensor:
+        if dtype == torch.uint8:
+            return torch.randint(0, 256, size, dtype=dtype, generator=source)
+        images = torch.randn(size, generator=source) * 100
+        if pick.random() < 0.1:
+            images.view(-1)[:: pick.randint(3, 50)] = pick.choice((float("nan"), float("inf"), -0.0, 1e-40))
+        return images.to(dtype)
+
+    if layout == "channels_last":
+        return fresh(*shape).to(memory_format=torch.channels_last)
+    if layout == "window":
+        top, left = pick.randint(0, 5), pick.randint(0, 5)
+        return fresh(batch, channels, height + 8, width + 8)[:, :, top : top + height, left : left + width]
+    if layout == "batch_slice":
+        return fresh(2 * batch, channels, height, width)[::2]
+    if layout == "offset":
+        start = pick.randint(1, 9)
+        return fresh(start + batch * channels * height * width)[start:].view(shape)
+    if layout == "transposed":
+        return fresh(batch, channels, width, height).transpose(2, 3)
+    return fresh(*shape)
+
+
+def some_evidence(pick: random.Random, batch: int, classes: int) -> Evidence:
+    """Maps of any form and dtype, with what says which part of them is shown; None at times."""
+    form = pick.choice(("none", "own", "all", "topk"))
+    if form == "none":
+        return Evidence()
+    source = torch.Generator().manual_seed(pick.randrange(2**31))
+    rows = pick.choice((batch, batch, batch + 5))
+    cells = (pick.choice((1, 2, 7, 14, 33)), pick.choice((1, 3, 7, 16, 64)))
+    depth = {"own": (), "all": (classes,), "topk": (pick.randint(1, 5),)}[form]
+    maps = torch.rand(rows, *depth, *cells, generator=source)
+    if pick.random() < 0.2:
+        maps[pick.randrange(rows)] = pick.choice((0.0, float("nan"), float("inf"), -1.0))
+    dtype = pick.choice(DTYPES)
+    maps = (maps.nan_to_num(0, 0, 0) * 255).byte() if dtype == torch.uint8 else maps.to(dtype)
+    indices = None
+    if form == "topk":
+        kind = pick.choice((torch.int64, torch.int32, torch.int16, torch.float32))
+        indices = torch.randint(0, classes, maps.shape, generator=source).to(kind)
+    boxes = flips = affines = None
+    place = pick.choice(("whole", "boxes", "flips", "affines"))
+    if place == "boxes":
+        low = torch.rand(batch, 2, generator=source) * 0.8
+        high = low + 0.01 + (0.99 - low) * torch.rand(batch, 2, generator=source)
+        boxes = torch.cat([low, high], 1).to(pick.choice((torch.float32, torch.float64, torch.float16)))
+    if place == "affines":
+        affines = torch.eye(2, 3).repeat(batch, 1, 1) + 0.3 * torch.randn(batch, 2, 3, generator=source)
+    elif pick.random() < 0.5:
+        flips = torch.rand(batch, generator=source) < 0.5
+    ids = None
+    if rows != batch or pick.random() < 0.3:
+        ids = torch.randint(0, rows, (batch,), generator=source).to(pick.choice((torch.int64, torch.int32)))
+    return Evidence(maps, indices, ids, boxes, flips, affines)
+
+
+def some_case(number: int) -> Case:
+    """The case of a number: always the same."""
+    pick = random.Random(number)
+    batch, channels = pick.choice((1, 2, 3, 5)), pick.choice((1, 2, 3, 4))
+    patch = pick.choice((1, 3, 4, 7, 8, 16))
+    grid = pick.choice(((1, 1), (1, 5), (4, 1), (2, 3), (4, 4), (5, 7), (9, 2)))
+    dtype = pick.choice(DTYPES)
+    classes = pick.choice((1, 2, 5, 1000))
+    mask_type = pick.choice([name for name in MASK_RULES if patch > 1 or name != "given"])
+    images = some_images(pick, (batch, channels, grid[0] * patch, grid[1] * patch), dtype)
+    normalise = pick.random() < 0.4
+    scale = 255 if dtype == torch.uint8 else 1
+    settings = Settings(
+        num_classes=classes,
+        patch_size=patch,
+        mask_type=mask_type,
+        mode=pick.choice(("batch", "pair", "elem")),
+        lam=pick.choice((-1.0, 0.0, 0.3, 0.5, 1.0)),
+        minimum_tokens=pick.choice((-1, *EDGES)),
+        mixup_alpha=pick.choice((0.0, 0.1, 0.8, 1.0)),
+        cutmix_alpha=pick.choice((0.3, 1.0)),
+        prob=pick.choice((0.0, 0.5, 1.0, 1.0)),
+        switch_prob=pick.choice((0.0, 0.5, 1.0)),
+        minmax=pick.choice(((), (), (0.5, 0.5), (0.0, 1.0), (0.2, 0.7))) if mask_type == "cutmix" else (),
+        correct_lam=pick.random() < 0.7,
+        label_smoothing=pick.choice((0.0, 0.1, 1.0)),
+        mean=tuple(scale * pick.choice((0.4, 1.5)) for _ in range(channels)) if normalise else (),
+        std=tuple(scale * pick.choice((0.2, 1.0, 3.0)) for _ in range(channels)) if normalise else (),
+    )
+    if settings.mixup_alpha > 0 and pick.random() < 0.1:
+        settings = settings._replace(cutmix_alpha=0.0)
+    in_place = not normalise and pick.random() < 0.3
+    partner = None
+    if pick.random() < 0.4:
+        if in_place:
+            order = pick.sample(range(batch), batch)
+            partner = torch.arange(batch)
+            for one, other in zip(order[::2], order[1::2], strict=False):
+                partner[one], partner[other] = other, one
+        else:
+            partner = torch.tensor([pick.randrange(batch) for _ in range(batch)])
+        partner = partner.to(pick.choice((torch.int64, torch.int32)))
+    floats = [kind for kind in DTYPES if kind != torch.uint8]
+    out_dtype = dtype
+    if not in_place:
+        out_dtype = pick.choice(floats) if normalise or dtype != torch.uint8 else pick.choice(DTYPES)
+    # Triton's interpreter cuts float32 off to bfloat16 where hardware and PyTorch round: only copies can be compared.
+    if out_dtype == torch.bfloat16 and (dtype != torch.bfloat16 or normalise):
+        out_dtype = torch.float16
+    elif out_dtype == torch.bfloat16:
+        settings = settings._replace(mixup_alpha=0.0, cutmix_alpha=1.0)
+    return Case(
+        images,
+        torch.tensor([pick.randrange(classes) for _ in range(batch)]).to(pick.choice((torch.int64, torch.int16))),
+        partner,
+        some_evidence(pick, batch, classes),
+        torch.rand(batch, *grid, generator=torch.Generator().manual_seed(number)) < 0.5
+        if mask_type == "given"
+        else None,
+        torch.tensor(pick.choice((*SEEDS, pick.randrange(2**63)))),
+        pick.choice((*OFFSETS, pick.randrange(2**40))),
+        settings,
+        out_dtype,
+        in_place,
+    )
+
+
+def mixed(module: Any, case: Case) -> tuple[Tensor, Result]:
+    """The images and the rest of a mix; what is not written is NaN, or 0xAA."""
+    images = case.images.clone(memory_format=torch.preserve_format)
+    if case.images.storage_offset() or not case.images.is_contiguous():
+        images = case.images  # as it is in memory
+    if case.in_place:
+        whole = case.images.untyped_storage().clone()
+        images = torch.empty(0, dtype=case.images.dtype).set_(
+            whole, case.images.storage_offset(), case.images.shape, case.images.stride()
+        )
+        out = images
+    else:
+        out = torch.full_like(images, float("nan") if case.out_dtype.is_floating_point else 0xAA, dtype=case.out_dtype)
+    result = dispatch.mix_into(
+        module, images, out, case.labels, case.partner, case.evidence, case.mask, case.seed, case.sample_offset,
+        case.settings, case.in_place,
+    )  # fmt: skip
+    return out, result
+
+
+def difference(case: Case) -> str | None:
+    """What differs between kernels and reference, or None."""
+    right_images, right = mixed(reference, case)
+    images, got = mixed(kernels, case)
+    if not torch.equal(got.mask, right.mask):
+        return f"masks differ in {int((got.mask != right.mask).sum())} tokens"
+    if not torch.equal(got.kind, right.kind):
+        return f"kinds are {got.kind.tolist()}, expected {right.kind.tolist()}"
+    if not torch.equal(bits_of(images), bits_of(right_images)):
+        return f"{int((bits_of(images) != bits_of(right_images)).sum())} pixels differ"
+    for name in ("weights", "targets"):
+        error = (getattr(got, name) - getattr(right, name)).abs().max().item()
+        if not error <= TOLERANCE:
+            return f"{name} differ by {error}"
+    return None
+
+
+def bits_of(images: Tensor) -> Tensor:
+    """Values as integers, so that signs of zero count; all NaNs as one."""
+    if not images.is_floating_point():
+        return images
+    plain = torch.where(images.isnan(), torch.full_like(images, float("nan")), images).contiguous()
+    return plain.view(torch.int16 if plain.element_size() == 2 else torch.int32)
+
+
+def compare(first: int, count: int, report: Callable[[str], None] = print) -> int:
+    """Compare cases first ... first + count - 1; the number of those that differ."""
+    bad = 0
+    for number in range(first, first + count):
+        case = some_case(number)
+        try:
+            what = difference(case)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+        if what is not None:
+            bad += 1
+            report(f"case {number}: {what}\n  {case.describe()}")
+        if (number - first + 1) % 100 == 0:
+            report(f"{number - first + 1} of {count} cases, {bad} with a difference")
+    return bad
+
+
+class Odd:
+    """An object of no use to anybody."""
+
+
+HOSTILE: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 2**31, 2**63, 2**70, 0.5, -0.5, 1.5, float("nan"), float("inf"), 1j, "", "block", "nan",
+    b"beta", (), [], (1,), (0.5, 0.5), (16, 8), {}, {1: 2}, Odd, Odd(), torch.float32, torch.int32, torch.device("cpu"),
+    torch.tensor(1), torch.tensor(0.5), torch.tensor([]), torch.zeros(3), torch.zeros(4, 4), torch.zeros(4).long(),
+    torch.full((4,), 99), torch.full((4,), -1), torch.zeros(4, 3, 32, 48, dtype=torch.complex64),
+    torch.zeros(4, 4, 6).bool(), torch.zeros(4, 3, 0, 0), torch.zeros(4, 3, 32, 48).to_sparse(),
+    torch.zeros(4, device="meta"), torch.full((4, 4), float("nan")), torch.zeros(4, 2, 3),
+)  # fmt: skip
+
+
+def hostile_calls() -> list[tuple[str, Callable[[], Any]]]:
+    """Every public function with every argument replaced by every hostile value in turn."""
+    batch = {"images": torch.rand(4, 3, 32, 48), "labels": torch.arange(4)}
+    maps = {"maps": torch.rand(4, 6, 7)}
+    options: dict[str, Any] = {
+        "num_classes": 5, "patch_size": 8, "boxes": None, "ids": None, "flips": None, "affines": None, "mask": None,
+        "partner": None, "lam": 0.5, "minimum_tokens": 1, "mask_type": "block", "mode": "elem", "label_smoothing": 0.1,
+        "seed": 1, "generator": None, "sample_offset": 0, "cutmix_alpha": 1.0, "cutmix_minmax": None,
+        "correct_lam": True, "mean": None, "std": None, "out": None, "out_dtype": None, "crop_axes": "correct",
+        "backend": "auto",
+    }  # fmt: skip
+    made = {"mixup_alpha": 0.8, "prob": 1.0, "switch_prob": 0.5, "num_classes": 5, "patch_size": 8}
+    masks = {"batch": 2, "grid": (4, 6), "patch_size": 8, "seed": 1, "lam": 0.5, "mode": "elem", "device": None}
+    pool = {**maps, "labels": torch.arange(4), "mask": torch.zeros(4, 4, 6).bool(), "partner": None, "boxes": None}
+    functions: tuple[tuple[str, Callable[..., Any], dict[str, Any]], ...] = (
+        ("tokenmix", tokenmix, {**batch, **maps, **options}),
+        ("TokenMix", TokenMix, made),
+        ("token_mask", token_mask, masks),
+        ("pool_targets", pool_targets, pool),
+        ("TopKMaps", lambda values, indices: tokenmix(**batch, maps=TopKMaps(values, indices), **options),
+         {"values": torch.rand(4, 2, 6, 7), "indices": torch.zeros(4, 2, 6, 7).long()}),
+    )  # fmt: skip
+    calls = []
+    for name, function, arguments in functions:
+        for argument in arguments:
+            for value in HOSTILE:
+                given = {**arguments, argument: value}
+                shown = f"{name}({argument}={type(value).__name__} {str(value)[:40]!r})".replace("\n", " ")
+                calls.append((shown, lambda function=function, given=given: function(**given)))
+    return calls
+
+
+def foreign(call: Callable[[], Any]) -> str | None:
+    """What is wrong with the answer to a hostile call: another exception than the promised, or one of many lines."""
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        # One of ours names what must be; those of torch and Python do not.
+        text = str(error)
+        if "\n" in text or len(text) > 400 or not ("must" in text or "no " in text):
+            return f"{type(error).__name__}: {text[:200]}"
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--cases", type=int, default=1000, help="how many (default: 1000)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first (default: 0)")
+    args = parser.parse_args()
+    bad = compare(args.first, args.cases)
+    print(f"{args.cases} cases from {args.first}: {bad} with a difference")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""What every flag may do on a resumed run: one table."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["FIXED", "FREE", "changed_flags"]
+
+# Fixed by the state of a run: weights, moments, schedule, order and draws depend on them.
+FIXED = (
+    "model", "model_kwargs", "init_from", "input_size", "patch_size", "drop", "drop_path", "model_ema",
+    "model_ema_decay", "model_ema_warmup", "amp",
+    "batch_size", "accumulate", "max_steps", "seed", "opt", "opt_eps", "opt_betas", "momentum", "weight_decay",
+    "clip_grad", "lr", "unscale_lr", "sched", "sched_on_updates", "warmup_epochs", "warmup_lr", "min_lr",
+    "cooldown_epochs", "bce_loss",
+    "mixer", "mask_type", "minimum_tokens", "mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob",
+    "mixup_mode", "mixup_off_epoch", "smoothing",
+    "maps", "teacher", "teacher_weights", "probe", "online", "teacher_size",
+    "data", "train_split", "val_split", "num_classes", "train_num_samples", "val_num_samples", "data_kwargs",
+    "holdout", "label_fraction", "skip_broken", "repeated_aug", "color_jitter", "aa", "scale", "hflip",
+    "train_interpolation", "reprob", "eval_crop_ratio",
+)  # fmt: skip
+# Obeyed from the resumed step on; the rest of the run is the same up to rounding of another device.
+FREE = (
+    "recipe", "output", "resume", "save_every", "keep_best", "eval", "replay", "profile_mixers", "device", "threads",
+    "log_every", "eval_every", "picture", "tensorboard", "traceback", "compile", "channels_last",
+    "data_path", "cache", "num_workers",
+)  # fmt: skip
+# May grow: see `resume.extend`.
+GROWING = ("epochs",)
+
+
+def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any], stream: bool) -> list[str]:
+    """The flags that a checkpoint's run had with other values although its state fixes them, as "--NAME OLD (now NEW)".
+
+    Args:
+        saved: arguments in the checkpoint.
+        now: arguments of this call.
+        stream: the data is a stream, whose batches depend on its workers.
+    """
+    names = FIXED + (("num_workers",) if stream else ())
+    return [
+        f"--{name.replace('_', '-')} {saved.get(name)} (now {now[name]})"
+        for name in names
+        if name in now and saved.get(name) != now[name]
+    ]
+
+
+def unclassified(parser: argparse.ArgumentParser) -> set[str]:
+    """Flags of a parser that the table does not have, and entries of the table that are no flags."""
+    flags = {action.dest for action in parser._actions} - {"help"}
+    return flags ^ {*FIXED, *FREE, *GROWING}
