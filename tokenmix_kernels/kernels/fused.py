@@ -63,8 +63,7 @@ def mix_kernel(
     ratios = load_ratios(tables)  # before the look-ahead: behind megabytes of pixels the draw would wait for it
     if LAYOUT.PTX:
         if side < 0:
-            if TILE.AHEAD > 0:
-                look_ahead_of_pixels(images, strides.images, normalisation, i, program, GRID, LAYOUT, TILE)
+            look_ahead_of_pixels(images, strides.images, normalisation, i, program, GRID, LAYOUT, TILE)
         if side >= 0:
             look_ahead_of_targets(pairs, evidence, i, j, side, MAPS)
     if (side >= 0) | (not LAYOUT.IN_PLACE) | (i < j):

@@ -33,17 +33,18 @@ def look_ahead_of_pixels(
     images, images_stride, normalisation, i, program, GRID: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Prefetch the first AHEAD lines of the program's rows of sample i, and what normalises them."""
-    if normalisation.scale is not None:
-        prefetch_bytes(normalisation.scale, 4 * LAYOUT.C)
-        prefetch_bytes(normalisation.shift, 4 * LAYOUT.C)
-    SIZE: tl.constexpr = images.dtype.element_ty.primitive_bitwidth // 8
-    PLANES: tl.constexpr = 1 if LAYOUT.NHWC else LAYOUT.C
-    SPAN: tl.constexpr = TILE.AHEAD * LAYOUT.SH * SIZE  # bytes of a plane
-    first_line = program.to(tl.int64) * (TILE.ROWS * GRID.P)
-    start = images + (i * tl.cast(images_stride, tl.int64) + first_line * LAYOUT.SH)
-    start = start.to(tl.pointer_type(tl.int8), bitcast=True)
-    for plane in tl.static_range(PLANES):
-        prefetch_bytes(start + plane * (LAYOUT.SC * SIZE), SPAN)
+    if TILE.AHEAD > 0:
+        if normalisation.scale is not None:
+            prefetch_bytes(normalisation.scale, 4 * LAYOUT.C)
+            prefetch_bytes(normalisation.shift, 4 * LAYOUT.C)
+        SIZE: tl.constexpr = images.dtype.element_ty.primitive_bitwidth // 8
+        PLANES: tl.constexpr = 1 if LAYOUT.NHWC else LAYOUT.C
+        SPAN: tl.constexpr = TILE.AHEAD * LAYOUT.SH * SIZE  # bytes of a plane
+        first_line = program.to(tl.int64) * (TILE.ROWS * GRID.P)
+        start = images + (i * tl.cast(images_stride, tl.int64) + first_line * LAYOUT.SH)
+        start = start.to(tl.pointer_type(tl.int8), bitcast=True)
+        for plane in tl.static_range(PLANES):
+            prefetch_bytes(start + plane * (LAYOUT.SC * SIZE), SPAN)
 
 
 @triton.jit

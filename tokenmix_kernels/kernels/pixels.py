@@ -183,7 +183,7 @@ def take_tokens(
                 source = source.to(tl.pointer_type(WORD), bitcast=True)[None, :]
                 at = (column * STEP)[None, :] + (line * SH + (chunk % PLANES) * SC)
                 at = tl.max_contiguous(tl.multiple_of(source + at, (1, IN_BYTES)), (1, NEAR))
-                taken = taken + (tl.load(at),)
+                taken = taken + (tl.load(at),)  # type: ignore[assignment]  # noqa: RUF005
             for chunk in tl.static_range(group, min(group + TOGETHER, CHUNKS)):
                 column = columns(chunk // PLANES, BLOCK, NEAR, WIDTH)
                 value = finish(taken[chunk - group], pixels, column, chunk % PLANES, LAYOUT, TILE, OUT_WORD)
