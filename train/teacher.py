@@ -22,8 +22,8 @@ from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher
 
 from . import checkpoint
 from .data import Batch, Data, checked_batches, make_loader
+from .mixers import LITE0, evidence_of, teacher_of
 
-LITE0 = "tf_efficientnet_lite0"
 LITE0_MEAN, LITE0_STD = (127 / 255,) * 3, (128 / 255,) * 3  # its input is (x - 127) / 128
 # Weight of the squared norm in the linear probe; the best of 1e-4 ... 1e-1 on elpv.
 PROBE_DECAY = 0.01
@@ -81,20 +81,22 @@ class OnlineEvidence(Evidence):
 
 
 def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, rank: int) -> Evidence:
-    """The evidence that --maps, --teacher and --online ask for; makes what is not in the cache yet.
+    """The evidence that --evidence, --maps, --teacher and --online ask for; makes what is not in the cache yet.
+
+    The model's own attention is no such evidence: what the mixer is given then is none, and its targets are by area.
 
     Raises:
         ValueError: the maps are those of another data set, the teacher does not know its classes, or maps
             would have to be kept for images without ids.
     """
     warped = args.aa != "none"
-    # CutMix is by area, unless a teacher or a bank is asked for.
-    name = args.teacher or (LITE0 if args.data == "elpv" and args.mixer == "tokenmix" else None)
-    if args.mixer in ("none", "mixup") or args.maps == "area" or (args.maps is None and name is None):
+    source = evidence_of(args)
+    if source in ("area", "attention"):
         return Evidence()
-    if args.maps is not None:
+    if source == "maps":
         need_index(args, data)
         return open_bank(Path(args.maps), data, device, warped)
+    name = teacher_of(args)
     assert name is not None
     if not args.online or args.probe:
         need_index(args, data)
@@ -161,7 +163,7 @@ def make_teacher(args: argparse.Namespace, data: Data, device: torch.device) -> 
     Raises:
         ValueError: no teacher is named, or it does not know the data's classes.
     """
-    name = args.teacher or (LITE0 if args.data == "elpv" else None)
+    name = teacher_of(args)
     if name is None:
         raise ValueError("--teacher must name a timm model")
     need_index(args, data)
