@@ -76,9 +76,13 @@ class AttentionEvidence:
         Raises:
             RuntimeError: no forward pass of the model since the last call.
         """
+        return self.targets_of(self.attention.take(), logits, by_area, mix)
+
+    def targets_of(self, attention: Tensor, logits: Tensor, by_area: Tensor, mix: Mix) -> Tensor:
+        """`targets` for an attention [B, N] that was taken already."""
         with torch.autocast(logits.device.type, enabled=False):
             return attention_targets(
-                self.attention.take(),
+                attention,
                 **mix._asdict(),
                 num_classes=by_area.shape[1],
                 ratio=self.shares(logits, by_area),

@@ -92,6 +92,9 @@ def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, ra
     warped = args.aa != "none"
     source = evidence_of(args)
     if source in ("area", "attention"):
+        if args.maps not in (None, "area"):
+            need_index(args, data)
+            open_bank(Path(args.maps), data, torch.device("cpu"), warped)  # the picture's: refused now, not at the end
         return Evidence()
     if source == "maps":
         need_index(args, data)
@@ -135,6 +138,26 @@ def open_bank(path: Path, data: Data, device: torch.device, warped: bool) -> Ban
     except (ValueError, OSError) as error:
         raise ValueError(f"--maps must be a map bank of --data {data.name}, or area, got {path}: {error}") from error
     return BankEvidence(bank, warped)
+
+
+def cached_maps(args: argparse.Namespace, data: Data, device: torch.device) -> BankEvidence | None:
+    """Maps of a teacher to compare with: the bank --maps, or the newest one of this data in the cache, if there is any.
+
+    Raises:
+        ValueError: --maps is a bank of another data set.
+    """
+    warped = args.aa != "none"
+    if args.maps not in (None, "area"):
+        return open_bank(Path(args.maps), data, device, warped)
+    if data.stream or not data.labels:
+        return None
+    banks = Path(args.cache).glob(f"{Path(data.name).name}-*.bank")
+    for path in sorted(banks, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            return open_bank(path, data, device, warped)
+        except ValueError:
+            continue  # of other images, or not finished yet
+    return None
 
 
 class Teacher(NamedTuple):
