@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OWN, PARTNER, INK = "#2b6cb0", "#dd6b20", "#222222"
 COLUMNS = ("image", "its evidence", "partner", "its evidence", "mask", "mixed image", "weights and target")
 LIVE_COLUMNS = ("image", "partner", "mask", "mixed image", "the model's attention", "weights and target")
-WEIGHTS = ("the share of the evidence that the mix shows", "between the shares of the area and of the attention")
+WEIGHTS = ("is the share of the evidence that the mix shows", "lies between area and attention")
 TEACHER_COLUMN = "the teacher's maps"  # beside the attention, where there are any
 
 
@@ -141,7 +141,7 @@ def draw_figure(run: "Run", batch: Batch, evidence: Evidence, examples: list[Exa
         0.012,
         1 - 0.57 / figure.get_figheight(),
         f"{data.name}, evidence from {run.evidence_name().split(' (')[0]}.  Blue: the image and its label.  "
-        f"Orange: its partner.  A weight is {WEIGHTS[run.attention is not None]}; where it blends, lam.",
+        f"Orange: its partner.  A weight {WEIGHTS[run.attention is not None]}; where it blends, lam.",
         ha="left",
         va="center",
         fontsize=9.5,
