@@ -57,8 +57,8 @@ def load_plan(path: Path) -> Plan:
 
     The file is JSON: `flags` (of every run), `mixers` and `models` (name to flags), `holdout`, and `runs`, a list of
     blocks with `label_fraction`, `epochs`, `seeds`, and optionally `model` (default: the first) and `mixers` (default:
-    the plan's `default_mixers`, or all). Blocks run in order, in a block seed by seed, and for each seed all mixers. Keys that begin with "_" are
-    comments.
+    the plan's `default_mixers`, or all). Blocks run in order, in a block seed by seed, and for each seed all mixers.
+    Keys that begin with "_" are comments.
 
     Raises:
         ValueError: the file is missing, is not such a plan, has no runs, lists a run twice, or has flags that
