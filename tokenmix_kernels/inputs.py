@@ -181,6 +181,8 @@ def check_images(images: Tensor, settings: Settings) -> None:
                 f"mean and std must be in the units of uint8 images, 0 to 255, got {settings.mean} and {settings.std}; "
                 "multiply statistics of the range 0 to 1 by 255"
             )
+        if images.dtype == torch.uint8 and max(map(abs, settings.mean)) > 256:
+            raise ValueError(f"mean must be between -256 and 256 for uint8 images, got {settings.mean}")
     if channels * height * width >= 2**31:
         raise ValueError(f"images must have fewer than 2**31 values each, got {channels * height * width}")
 
