@@ -328,6 +328,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**checkpoint_flags(parser, path))
     parser.set_defaults(**recipe)
     mixer = parser.parse_known_args(argv)[0].mixer
+    if mixer not in MIXERS:  # of a recipe: argparse looks at the command line alone
+        parser.error(f"--mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
     # A recipe that names the mixer has set what it wants of the mixer's numbers, another one has set another mixer's.
     named = set(recipe) if recipe.get("mixer") == mixer else set()
     parser.set_defaults(**{name: value for name, value in MIXERS[mixer].flags.items() if name not in named})

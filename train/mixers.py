@@ -136,6 +136,8 @@ def check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         raise ValueError(f"--attention-ratio is for --evidence attention; the evidence here is {evidence_of(args)}")
     if evidence is None:
         return
+    if evidence not in EVIDENCE:
+        raise ValueError(f"--evidence must be one of {', '.join(EVIDENCE)}, got {evidence!r}")
     if not mixer.masks and evidence != "area":
         raise ValueError(f"--evidence {evidence} needs masks to be pooled over, and --mixer {args.mixer} has none")
     if evidence == "maps" and args.maps in (None, "area"):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from train.config import parse
 
-__all__ = ["Plan", "Spec", "load_plan"]
+__all__ = ["DEFAULT", "Plan", "Spec", "load_plan"]
 
 DEFAULT = Path(__file__).parent / "plan.json"
 

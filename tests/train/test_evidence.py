@@ -194,6 +194,20 @@ def test_mixers_numbers_and_recipe_and_command_line(tmp_path: Path) -> None:
     assert flags("--recipe", str(recipe), "--mixer", "mixpro")[2] == 0.0, "another mixer, other numbers"
 
 
+def test_a_recipe_with_an_unknown_mixer_or_evidence_gets_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "own.json"
+    for content, sentence in (
+        ('{"mixer": "mixmo"}', "--mixer must be one of tokenmix, cutmix, mixup, none, transmix, mixpro, got 'mixmo'"),
+        ('{"evidence": "eyes"}', "--evidence must be one of attention, teacher, maps, area, got 'eyes'"),
+    ):
+        recipe.write_text(content)
+        with pytest.raises(SystemExit):
+            parse(["--recipe", str(recipe)])
+        assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -283,7 +297,7 @@ def test_step_in_bfloat16(folder: Path, tmp_path: Path) -> None:
     _, loss, _, targets, _ = step(run)
     loss.backward()
     assert run.mix.out_dtype == torch.bfloat16 and targets.dtype == torch.float32
-    torch.testing.assert_close(targets.sum(1), torch.ones(8))
+    torch.testing.assert_close(targets.sum(1), torch.ones(len(targets)))
 
 
 def test_replay_repeats_the_step(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
