@@ -138,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     result = measure(args.rounds, args.batch_size)
     for name, value in result.items():
-        print(f"{name:<16}{value:.4g}" if isinstance(value, float) else f"{name:<16}{value}")
+        print(f"{name:<26}{value:.4g}" if isinstance(value, float) else f"{name:<26}{value}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
