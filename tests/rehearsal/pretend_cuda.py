@@ -14,10 +14,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
-
 from pretend_tensor import NOW, FunctionMode, PretendTensor, State, held, state
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
 from tokenmix_kernels import kernels, mix, reference
 from tokenmix_kernels.kernels import attention, launch
 
@@ -56,6 +56,18 @@ class Event:
         return True
 
 
+class AnyGenerator(type(torch._C.Generator)):  # type: ignore[misc]
+    def __instancecheck__(cls, one: Any) -> bool:
+        return type.__instancecheck__(torch._C.Generator, one)
+
+
+class Generator(torch._C.Generator, metaclass=AnyGenerator):
+    """A generator, of the CPU wherever it is asked for."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        return super().__new__(cls, "cpu" if torch.device(device).type == "cuda" else device)
+
+
 class Stream:
     """A stream: all of them are the host's order."""
 
@@ -70,6 +82,9 @@ class Stream:
 
     def synchronize(self) -> None:
         synchronize()
+
+    def is_capturing(self) -> bool:
+        return state().capturing is not None
 
     def record_event(self, event: Any = None) -> Event:
         event = event or Event()
@@ -291,6 +306,28 @@ def autocast_of(autocast: Any) -> Callable[..., Any]:
     return on_cpu
 
 
+def pinned(values: Tensor, device: Any = None) -> Tensor:
+    """Tensor.pin_memory: a copy that says so."""
+    copied = values.clone()
+    copied.is_in_pinned_memory = True  # type: ignore[attr-defined]
+    return copied
+
+
+def is_pinned(values: Tensor, device: Any = None) -> bool:
+    return getattr(values, "is_in_pinned_memory", False)
+
+
+GROUP = torch._C._group_tensors_by_device_and_dtype
+
+
+def grouped(lists: Any, with_indices: bool = False) -> dict[Any, Any]:
+    """Tensors by device and dtype, as optimisers and norms work on them."""
+    return {
+        (found[0][0].device, dtype): (found, places)
+        for (_, dtype), (found, places) in GROUP(lists, with_indices).items()
+    }
+
+
 def type_of(value: Any) -> type:
     """`type`, where a pretended tensor is one without subclass."""
     return Tensor if isinstance(value, PretendTensor) else type(value)
@@ -311,8 +348,17 @@ def pretended_gpus(devices: int = 1) -> Iterator[State]:
         mock.patch.object(launch, "prepare", launches.prepare),
         mock.patch.object(kernels, "prepare", launches.prepare),
         mock.patch.object(kernels.mix_kernel, "run", launches.run("mix_kernel", launches.write_mix)),
-        mock.patch.object(attention.attention_kernel, "run", launches.run("attention_kernel", launches.write_attention)),
+        mock.patch.object(
+            attention.attention_kernel, "run", launches.run("attention_kernel", launches.write_attention)
+        ),
         mock.patch.object(mix, "type", type_of, create=True),
+        mock.patch.object(torch.accelerator, "current_stream", lambda device=None: Stream()),
+        mock.patch.object(torch.accelerator, "current_device_index", lambda: state().current),
+        mock.patch.object(torch.accelerator, "set_device_index", set_device),
+        mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped),
+        mock.patch.object(torch, "Generator", Generator),
+        mock.patch.object(Tensor, "pin_memory", pinned),
+        mock.patch.object(Tensor, "is_pinned", is_pinned),
         mock.patch.object(torch, "autocast", autocast_of(torch.autocast)),
         mock.patch.object(torch, "compile", lambda model=None, **_: model if model else lambda found: found),
         mock.patch.object(driver, "_active", Driver()),

@@ -12,6 +12,7 @@ autograd engine sees CPU tensors: `device` and `is_cuda` are told in Python alon
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ SIZED_BY_VALUES = {
     aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default,
     aten.repeat_interleave.Tensor, aten.bincount.default,
 }  # fmt: skip
+HIDDEN = ("pretend_tensor", "pretend_cuda", "/torch/")  # files that are not who read
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 
 
@@ -50,11 +52,9 @@ class State:
 
     def read(self, what: str) -> None:
         """Note that the host waits for the device."""
-        place = next(
-            (f"{frame.filename}:{frame.lineno}" for frame in reversed(traceback.extract_stack())
-             if not any(part in frame.filename for part in ("pretend_tensor", "/torch/", "pretend_cuda"))), "",
-        )  # fmt: skip
-        self.reads.append(f"{what} at {place}")
+        frames = (frame.f_code for frame, _ in traceback.walk_stack(None))
+        code = next((code for code in frames if not any(part in code.co_filename for part in HIDDEN)), None)
+        self.reads.append(f"{what} in {Path(code.co_filename).name} {code.co_name}" if code else what)
         if self.capturing is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
         if self.forbidden:
@@ -290,5 +290,6 @@ def moved(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     options = {"memory_format": layout} if layout else {}
     if device is None or device.type != "cuda":
         return Tensor.to(one, device or one.device, dtype or one.dtype, copy=copy, **options)
-    copied_in("to", waits=not non_blocking)
+    # From pageable memory a copy is staged, and `non_blocking` is but a wish.
+    copied_in("to", waits=not (non_blocking and (one.is_pinned() or not one.dim())))
     return PretendTensor(one.detach().to(dtype or one.dtype, copy=True, **options), index_of(device), False)
