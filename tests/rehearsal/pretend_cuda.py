@@ -1,8 +1,8 @@
 """Stand-ins for `torch.cuda`, NCCL and Triton's driver: within `pretended_gpus`, code believes that there are GPUs.
 
-What a stand-in does not do: memory is not counted, times are the host's, `torch.compile` hands its function on, DDP is a
-wrapper that averages gradients over gloo, and pinned memory is not pinned. A launch of a kernel writes what the reference
-says, after a look at the device of each of its arguments. A graph repeats its launches and random numbers.
+A launch of a kernel writes what the reference says, after a look at the device of each of its arguments. A graph repeats
+its launches and random numbers. DDP averages gradients over gloo. Memory is not counted, times are the host's,
+`torch.compile` hands its function on, and pinned memory only says that it is.
 """
 
 import time
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten
 from tokenmix_kernels import kernels, mix, reference
 from tokenmix_kernels.kernels import attention, launch
 
-__all__ = ["pretended_gpus"]
+__all__ = ["data_parallel", "pretended_gpus"]
 
 NAME = "NVIDIA H100 80GB HBM3"
 PROPERTIES = SimpleNamespace(
@@ -253,6 +253,19 @@ def initialised(backend: str, *, device_id: torch.device | None = None, **option
     if backend != "nccl" or device_id is None or device_id.index != state().current:
         raise ValueError(f"a process on a GPU needs NCCL and its own device, got {backend} and {device_id}")
     INIT("gloo", **options)
+
+
+@contextmanager
+def data_parallel() -> Iterator[None]:
+    """DistributedDataParallel under the names that the trainer has for it."""
+    import train.loop
+    import train.run
+
+    with (
+        mock.patch.object(train.run, "DistributedDataParallel", DataParallel),
+        mock.patch.object(train.loop, "DistributedDataParallel", DataParallel),
+    ):
+        yield
 
 
 INIT = dist.init_process_group

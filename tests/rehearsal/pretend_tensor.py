@@ -2,8 +2,8 @@
 
 `PretendTensor` holds its values in a CPU tensor that only this module sees. To everything else it is on "cuda:N": an
 operation with a CPU tensor of one or more dimensions is an error, and every look of the host at its values is written
-into `State.reads` (`.item()`, `int`, `bool`, `.cpu()`, `.tolist()`, a copy to the CPU, an index by a bool mask), or is an
-error within `no_host_reads`. Values are real, so whole loops run to their end and can be compared with the CPU's.
+into `State.reads` (`.item()`, `int`, `bool`, `.cpu()`, `.tolist()`, a copy to the CPU, an index by a bool mask), or is
+an error within `no_host_reads`. Values are real, so whole loops run to their end and can be compared with the CPU's.
 
 `FakeTensorMode` finds the same in single calls, but has no values, and its backward pass needs a CUDA context. Here the
 autograd engine sees CPU tensors: `device` and `is_cuda` are told in Python alone.
@@ -130,6 +130,10 @@ class PretendTensor(Tensor):
     def pin_memory(self, *_: Any) -> Any:
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
 
+    def new_tensor(self, values: Any, **options: Any) -> Tensor:
+        copied_in("new_tensor")
+        return PretendTensor(self.held.new_tensor(values, **options), self.index)
+
     def cpu(self, *_: Any, **__: Any) -> Tensor:
         return self.to("cpu")
 
@@ -138,7 +142,7 @@ class PretendTensor(Tensor):
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         copy = kwargs.pop("copy", False)
-        device, dtype, non_blocking, layout = parse_to(*args, **kwargs)
+        device, dtype, _, layout = parse_to(*args, **kwargs)
         dtype = dtype or self.dtype
         options = {"memory_format": layout} if layout else {}
         if device is None or device.type == "cuda":
@@ -174,7 +178,9 @@ class PretendTensor(Tensor):
                 return dispatch.BODIES[func._schema.name.split("::")[1]](*args, **kwargs)
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         mine = [tensor for tensor in tensors if isinstance(tensor, PretendTensor)]
-        check_devices(func, tensors, mine)
+        # Index tensors may be on the CPU: torch copies them.
+        indices = [id(one) for one in args[1] if one is not None] if func in INDEXED else []
+        check_devices(func, [one for one in tensors if id(one) not in indices], mine)
         if func is aten._local_scalar_dense.default:
             state().read("item")
         elif func is aten.equal.default or func in SIZED_BY_VALUES:
@@ -209,8 +215,8 @@ def check_devices(func: Any, tensors: list[Tensor], mine: list[Any]) -> None:
     devices |= {one.device for one in tensors if not isinstance(one, PretendTensor) and one.dim() and not in_backward}
     if len(devices) > 1:
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, {sorted(map(str, devices))}"
-            f" ({func})"
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{sorted(map(str, devices))} ({func})"
         )
 
 
@@ -254,7 +260,7 @@ class FunctionMode(TorchFunctionMode):
         if func in (Tensor.to, Tensor.cuda) and not isinstance(args[0], PretendTensor):
             return moved(func, args, kwargs)
         named = kwargs.get("device")
-        if named is None:
+        if named is None or func is torch._C._nn._parse_to:
             return func(*args, **kwargs)
         device = torch.device("cuda", named) if isinstance(named, int) else torch.device(named)
         if device.type != "cuda":
