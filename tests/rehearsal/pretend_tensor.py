@@ -259,6 +259,10 @@ class FunctionMode(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (Tensor.to, Tensor.cuda) and not isinstance(args[0], PretendTensor):
             return moved(func, args, kwargs)
+        if func is torch.nn.functional.one_hot and isinstance(args[0], PretendTensor):
+            if len(args) == 1 and "num_classes" not in kwargs:
+                state().read("one_hot without num_classes")
+            return PretendTensor(func(args[0].held, *args[1:], **kwargs), args[0].index)
         named = kwargs.get("device")
         if named is None or func is torch._C._nn._parse_to:
             return func(*args, **kwargs)
