@@ -4,8 +4,7 @@ Maps come to an image by its place in the data set: `WithPlaces` hands that on b
 makes batches of it.
 """
 
-from collections.abc import Iterator, Sequence, Sized
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from .extras import require
 from .inputs import Evidence, as_device, as_numbers, check_settings, shown
 from .mix import Maps, TokenMix, result_dtype, run
+from .settings import Settings
 from .transforms import Geometry
 
 if TYPE_CHECKING:
@@ -88,19 +88,25 @@ def collate_places(samples: Sequence[Any]) -> tuple[Any, ...]:
     return images, labels, default_collate([sample[2] for sample in samples])
 
 
-def as_places(batch: Sequence[Any]) -> dict[str, Tensor]:
-    """The places of a batch, {} where it is images and labels alone.
+def as_places(batch: Sequence[Any], wanted: bool) -> dict[str, Tensor]:
+    """The places of a batch; {} where no maps are there to look up.
 
     Raises:
         TypeError: what comes third is not a dict of places.
+        ValueError: there are maps, and nobody says which is whose.
     """
     if len(batch) == 2:
+        if wanted:
+            raise ValueError(
+                "maps must come with samples that say which is theirs: wrap the data set in WithPlaces, and make the "
+                "loader with collate_fn=collate_places"
+            )
         return {}
-    if len(batch) == 3 and isinstance(batch[2], dict) and set(batch[2]) <= set(PLACES):
-        return batch[2]
+    if len(batch) == 3 and isinstance(batch[2], dict) and "ids" in batch[2] and batch[2].keys() <= set(PLACES):
+        return batch[2] if wanted else {}
     raise TypeError(
-        f"a batch must be (images, labels) or (images, labels, a dict of any of {', '.join(map(repr, PLACES))}), got "
-        f"{len(batch)} parts" + (f", the third {shown(batch[2])}" if len(batch) > 2 else "")
+        "a batch must be (images, labels) or (images, labels, a dict of 'ids' and any of 'boxes', 'flips', 'affines'), "
+        f"got {len(batch)} parts" + (f", the third {shown(batch[2])}" if len(batch) > 2 else "")
     )
 
 
@@ -157,7 +163,7 @@ class TokenMixCollate(FastCollateMixup):  # type: ignore[misc, unused-ignore]
         """Mix samples (image, label) or (image, label, places) into (uint8 [B, C, H, W], targets [B, num_classes])."""
         batch = collate_places(samples)
         self.mix.mixup_enabled = self.mixup_enabled
-        places = as_places(batch) if self.maps is not None else {}
+        places = as_places(batch, self.maps is not None)
         return cast(tuple[Tensor, Tensor], self.mix(batch[0], batch[1], self.maps, **places))
 
 
@@ -231,9 +237,9 @@ class TokenMixLoader:
             )
             self.random_erasing = None
         self.mix = mix
-        self.statistics = {"mean": tuple(means), "std": tuple(deviations)}
-        check_settings(mix.settings._replace(**self.statistics))
-        result_dtype(torch.uint8, self.img_dtype, mix.settings._replace(**self.statistics))
+        self.mean, self.std = tuple(means), tuple(deviations)
+        check_settings(self.normalised(mix.settings))
+        result_dtype(torch.uint8, self.img_dtype, self.normalised(mix.settings))
         self.maps = on_device(maps, self.device)
         self.generator = generator
         self.stream: torch.cuda.Stream | None = None
@@ -260,7 +266,8 @@ class TokenMixLoader:
 
     def prepare(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Move a batch of the loader to the device, normalise and mix it."""
-        places = {name: value.to(self.device, non_blocking=True) for name, value in as_places(batch).items()}
+        places = as_places(batch, self.maps is not None)
+        places = {name: value.to(self.device, non_blocking=True) for name, value in places.items()}
         images, labels = (part.to(self.device, non_blocking=True) for part in batch[:2])
         if images.dtype != torch.uint8:
             raise TypeError(
@@ -268,18 +275,23 @@ class TokenMixLoader:
                 "use_prefetcher=True"
             )
         settings = self.mix.settings if self.mixup_enabled and self.mix.training else self.mix.unmixed
-        evidence = Evidence(**places) if self.maps is not None else Evidence()
         if self.random_erasing is None:
-            settings = settings._replace(**self.statistics)
-            out, dtype = None, self.img_dtype
-        else:
-            mean, std = (images.new_tensor(values, dtype=torch.float32) for values in self.statistics.values())
-            images = images.to(self.img_dtype).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
-            images = self.random_erasing(images)
-            out, dtype = images, None
+            return self.launch(images, labels, places, self.normalised(settings))
+        images, _ = self.launch(images, labels, {}, self.normalised(self.mix.unmixed))
+        return self.launch(self.random_erasing(images), labels, places, settings, in_place=True)
+
+    def normalised(self, settings: Settings) -> Settings:
+        """The settings with the loader's statistics."""
+        return settings._replace(mean=self.mean, std=self.std)
+
+    def launch(
+        self, images: Tensor, labels: Tensor, places: dict[str, Tensor], settings: Settings, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Mix by the settings into images of `img_dtype`, with evidence where the batch says whose it is."""
+        evidence = Evidence(None, None, *(places.get(name) for name in PLACES))
         mixed, result = run(
-            images, labels, self.maps, evidence, None, None, None, self.generator, None, out, dtype, "auto", settings,
-            whole=False,
+            images, labels, self.maps if places else None, evidence, None, None, None, self.generator, None,
+            images if in_place else None, self.img_dtype, "auto", settings, whole=False,
         )  # fmt: skip
         return mixed, result.targets
 
