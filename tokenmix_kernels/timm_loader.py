@@ -288,7 +288,9 @@ class TokenMixLoader:
         self, images: Tensor, labels: Tensor, places: dict[str, Tensor], settings: Settings, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Mix by the settings into images of `img_dtype`, with evidence where the batch says whose it is."""
-        evidence = Evidence(None, None, *(places.get(name) for name in PLACES))
+        evidence = Evidence(
+            ids=places.get("ids"), boxes=places.get("boxes"), flips=places.get("flips"), affines=places.get("affines")
+        )  # fmt: skip
         mixed, result = run(
             images, labels, self.maps if places else None, evidence, None, None, None, self.generator, None,
             images if in_place else None, self.img_dtype, "auto", settings, whole=False,
