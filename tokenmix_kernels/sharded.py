@@ -1,25 +1,24 @@
-"""DTensors: a batch that is sharded over the ranks of a device mesh is mixed shard by shard, as by DDP."""
+"""DTensors: a batch that is sharded over the ranks of a device mesh is mixed shard by shard, as DDP does it."""
 
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .inputs import Evidence, TopKMaps, is_dtensor
+from .inputs import Evidence, is_dtensor
 
-__all__ = ["Shards", "as_shards"]
+__all__ = ["Shards"]
 
 
 class Shards:
-    """How a batch lies on a mesh, read off its images.
+    """How a batch is spread over a mesh, read off its images.
 
     Args:
-        images: DTensor [B, C, H, W], sharded along its first axis or replicated over each dimension of its mesh.
+        images: DTensor [B, C, H, W], over each dimension of its mesh either sharded along the batch or replicated.
 
     Attributes:
         start: global index of this rank's first image.
-        replicated: other ranks hold the same images.
+        replicated: whether other ranks hold the same images.
 
     Raises:
         ValueError: images are placed in another way.
@@ -27,24 +26,25 @@ class Shards:
 
     def __init__(self, images: Any) -> None:
         tensors = sys.modules["torch.distributed.tensor"]
-        self.mesh, self.placements, self.batch = images.device_mesh, images.placements, images.shape[0]
-        for placement in self.placements:
-            if not (placement.is_shard(0) or placement.is_replicate()):
+        self.mesh, self.placements = images.device_mesh, images.placements
+        self.batch = size = images.shape[0]
+        self.start, self.replicated = 0, False
+        for axis, placement in enumerate(self.placements):
+            ranks = self.mesh.size(axis)
+            if placement == tensors.Shard(0):
+                share = -(-size // ranks)  # the last ranks have less, or nothing
+                begin = min(self.mesh.get_local_rank(axis) * share, size)
+                self.start, size = self.start + begin, min(share, size - begin)
+            elif placement == tensors.Replicate():
+                self.replicated = self.replicated or ranks > 1
+            else:
                 raise ValueError(
-                    "images must be sharded along the batch, Shard(0), or replicated over each dimension of their "
-                    f"mesh, got {list(self.placements)}; call images.redistribute(placements=[Shard(0)])"
+                    "images must be Shard(0), sharded along the batch, or Replicate() over each dimension of their "
+                    f"mesh, got {placement}; use images.redistribute(placements=[Shard(0)])"
                 )
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        _, offsets = compute_local_shape_and_global_offset(images.shape, self.mesh, self.placements)
-        self.start = int(offsets[0])
-        self.type = tensors.DTensor
-        self.replicated = any(
-            placement.is_replicate() and self.mesh.size(axis) > 1 for axis, placement in enumerate(self.placements)
-        )
 
     def local(self, name: str, tensor: Any) -> Any:
-        """This rank's part of a tensor with one entry for each image; others as they are.
+        """This rank's part of a DTensor with one entry for each image; what is no DTensor is this rank's already.
 
         Raises:
             ValueError: it is placed in another way than the images.
@@ -53,13 +53,18 @@ class Shards:
             return tensor
         if tensor.device_mesh != self.mesh or tensor.placements != self.placements:
             raise ValueError(
-                f"{name} must be placed as images are, {list(self.placements)} on the same mesh, got "
-                f"{list(tensor.placements)}"
+                f"{name} must be placed as images are, {self.placements} on their mesh, got {tensor.placements}"
             )
         return tensor.to_local()
 
+    def local_evidence(self, evidence: Evidence) -> Evidence:
+        """This rank's part of the evidence; with ids the maps are those of a data set, and the same on all ranks."""
+        return evidence._replace(
+            **{name: self.local(name, getattr(evidence, name)) for name in ("ids", "boxes", "flips", "affines")}
+        )
+
     def whole(self, part: Tensor) -> Any:
-        """The DTensor whose part on this rank is given, placed as the images are."""
-        shape = torch.Size((self.batch, *part.shape[1:]))
-        stride = torch.empty(shape, device="meta").stride()
-        return self.type.from_local(part, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+        """The DTensor, placed as the images are, whose part on this rank is given."""
+        shape = (self.batch, *part.shape[1:])
+        dtensor = sys.modules["torch.distributed.tensor"].DTensor
+        return dtensor.from_local(part, self.mesh, self.placements, shape=shape, stride=part.stride())
