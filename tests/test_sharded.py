@@ -21,6 +21,7 @@ def inputs():
 
 def mix_in_shards(rank, folder):
     """What each of two ranks does, with four and three of seven images."""
+    torch.set_num_threads(1)  # a forked process has no thread pool
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     spread = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in inputs().items()}
@@ -43,7 +44,7 @@ def mix_in_shards(rank, folder):
 
 
 def test_a_sharded_batch_is_mixed_shard_by_shard_as_ddp_would(tmp_path):
-    mp.spawn(mix_in_shards, (str(tmp_path),), nprocs=2)
+    mp.start_processes(mix_in_shards, (str(tmp_path),), nprocs=2, start_method="fork")
     whole = inputs()
     parts = []
     for part in (slice(0, 4), slice(4, 7)):
