@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +56,14 @@ def run(tmp_path, monkeypatch):
         model = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
         images = torch.rand(COUNT, 3, 224, 224, generator=generator())
         names = {
-            "torch": torch, "dataset": Pictures(), "model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1),
-            "loader": DataLoader(TensorDataset(images, 100 * torch.arange(COUNT)), 4), "mixed_batches": mixed, **more,
-        }  # fmt: skip
+            "torch": torch,
+            "dataset": Pictures(),
+            "model": model,
+            "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+            "loader": DataLoader(TensorDataset(images, 100 * torch.arange(COUNT)), 4),
+            "mixed_batches": mixed,
+            **more,
+        }
         blocks = re.findall(r"```python\n(.*?)```", SECTIONS[section], re.S)
         assert blocks
         for block in blocks:
@@ -97,10 +103,10 @@ def test_timm(run):
     names = run("timm", maps=torch.rand(COUNT, 7, 7, generator=generator(1)))
     batches = list(names["loader_train"])
     assert [(images.shape, targets.shape) for images, targets in batches] == [((4, 3, 224, 224), (4, CLASSES))] * 2
-    assert ((torch.cat([targets for _, targets in batches]) > 1e-2).sum(1) == 2).all(), "nothing was mixed"
+    assert ((torch.cat([targets for _, targets in batches]) > 2e-4).sum(1) == 2).all(), "nothing was mixed"
     assert isinstance(names["collate_fn"], FastCollateMixup) and type(names["in_workers"]) is PrefetchLoader
     targets = torch.cat([targets for _, targets in names["in_workers"]])
-    assert ((targets > 1e-2).sum(1) == 1).all(), "mixed although switched off"
+    assert ((targets > 2e-4).sum(1) == 1).all(), "mixed although switched off"
     assert names["targets"].shape == (4, CLASSES)
 
 
@@ -178,7 +184,9 @@ def test_ddp_and_fsdp2(run, tmp_path):
         dist.destroy_process_group()
 
 
-def test_torch_compile(run):
+def test_torch_compile(run, monkeypatch):
+    # The graph as it is: Inductor, which tests/test_compiled.py has, takes a minute for the model around the mix.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     names = run("torch.compile")
     images, labels = next(iter(names["loader"]))
     losses = {float(names["step"](images, labels).detach()) for _ in range(3)}
