@@ -216,7 +216,7 @@ class Bytes(Dataset):
         return np.ascontiguousarray(PIXELS[index].transpose(2, 0, 1)), index % CLASSES
 
 
-class Black(Bytes):
+class Numbered(Bytes):
     """Images of their own number, so that masks can be read off mixed ones."""
 
     def __getitem__(self, index):
@@ -225,7 +225,7 @@ class Black(Bytes):
 
 def test_each_worker_draws_masks_of_its_own():
     collate = TokenMixCollate(**settings(mixup_alpha=0.0, mode="elem", patch_size=2))
-    loader = DataLoader(Black(), 4, num_workers=2, collate_fn=collate, generator=generator(1))
+    loader = DataLoader(Numbered(), 4, num_workers=2, collate_fn=collate, generator=generator(1))
     masks = torch.cat([images[:, 0] != images[:, 0, :1, :1] for _ in range(2) for images, _ in loader])
     masks = masks ^ masks[:, :1, :1]
     assert len(torch.unique(masks.flatten(1), dim=0)) == 2 * COUNT
@@ -268,6 +268,8 @@ def test_batches_that_do_not_fit_are_named():
         TokenMixCollate(**settings(), maps=MAPS)([Bytes()[0], Bytes()[1]])
     with pytest.raises(TypeError, match="images must be uint8"):
         collate_places([(torch.zeros(3, 8, 8), 0)])
+    with pytest.raises(TypeError, match="images must be arrays or tensors, got a tuple of 2: wrap"):
+        TokenMixCollate(**settings())([((Bytes()[0][0], None), 0)])
     with pytest.raises(TypeError, match=r"a batch must be \(images, labels\)"):
         TokenMixCollate(**settings(), maps=MAPS)([(*Bytes()[0], 3), (*Bytes()[1], 4)])
     with pytest.raises(ValueError, match="mean must not be given to a collate function"):

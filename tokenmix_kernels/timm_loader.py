@@ -73,8 +73,13 @@ def collate_places(samples: Sequence[Any]) -> tuple[Any, ...]:
         (images [B, C, H, W] uint8, labels [B] int64), and a dict of batched places where samples have them.
 
     Raises:
-        TypeError: an image is not uint8.
+        TypeError: images are not uint8, or several for each sample (timm's augmentation splits).
     """
+    if isinstance(samples[0][0], tuple):
+        raise TypeError(
+            f"images must be arrays or tensors, got a tuple of {len(samples[0][0])}: wrap a data set with a "
+            "TrackedTransform in WithPlaces; augmentation splits cannot be mixed"
+        )
     images = torch.stack([torch.as_tensor(sample[0]) for sample in samples])
     if images.dtype != torch.uint8:
         raise TypeError(
