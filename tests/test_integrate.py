@@ -56,7 +56,6 @@ def run(tmp_path, monkeypatch):
         model = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
         images = torch.rand(COUNT, 3, 224, 224, generator=generator())
         names = {
-            "torch": torch,
             "model": model,
             "optimizer": torch.optim.SGD(model.parameters(), 0.1),
             "loader": DataLoader(TensorDataset(images, 100 * torch.arange(COUNT)), 4),
