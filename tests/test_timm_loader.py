@@ -1,7 +1,9 @@
 """timm's own loaders with TokenMix in them, in workers and on the device."""
 
+import importlib
 import pickle
 import random
+import sys
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -276,3 +278,30 @@ def test_batches_that_do_not_fit_are_named():
         TokenMixCollate(mean=(1,) * 3)
     with pytest.raises(ValueError, match="mode must be one of"):
         TokenMixCollate(mode="half")
+
+
+def test_without_timm_a_sentence_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "tokenmix_kernels.timm_loader")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r"timm is needed for this and is not installed: pip install .*\[maps\]"):
+        importlib.import_module("tokenmix_kernels.timm_loader")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_gpu_gives_what_a_cpu_gives(workers):
+    """The side stream: each batch is read, and its memory released, while the next one is made."""
+    given = {}
+    for name in ("cpu", "cuda"):
+        prefetcher = create_loader(
+            Pictures(), (3, SIDE, SIDE), 2, is_training=True, no_aug=True, num_workers=workers,
+            device=torch.device(name), pin_memory=name == "cuda",
+        )  # fmt: skip
+        loader = TokenMixLoader(prefetcher, TokenMix(**settings()), generator=generator(5))
+        torch.manual_seed(3)
+        given[name] = [(images.cpu(), targets.cpu()) for _ in range(3) for images, targets in loader]
+    assert len(given["cuda"]) == 24
+    for one, two in zip(given["cpu"], given["cuda"], strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)

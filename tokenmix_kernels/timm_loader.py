@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from .arguments import as_device, as_numbers, shown
+from .call import Maps, result_dtype, run
 from .extras import require
-from .inputs import Evidence, as_device, as_numbers, check_settings, shown
-from .mix import Maps, TokenMix, result_dtype, run
+from .inputs import Evidence, check_settings
+from .mix import TokenMix
 from .settings import Settings
 from .transforms import Geometry
 

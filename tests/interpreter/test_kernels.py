@@ -280,12 +280,12 @@ def test_out_may_lie_in_memory_in_another_way(draw, layout, into, poisoned):
 
 def test_a_step_on_a_gpu_repeats_no_checks_but_misses_no_change(monkeypatch, poisoned):
     """What an eager call on a GPU does, on CPU tensors: no operator, and each form of inputs is checked once."""
-    from tokenmix_kernels import mix
+    from tokenmix_kernels import call
 
-    monkeypatch.setattr(mix, "launches_at_once", lambda images: True)
+    monkeypatch.setattr(call, "launches_at_once", lambda images: True)
     asked = []
-    real = mix.inputs.check_form
-    monkeypatch.setattr(mix.inputs, "check_form", lambda *given: asked.append(1) or real(*given))
+    real = call.inputs.check_form
+    monkeypatch.setattr(call.inputs, "check_form", lambda *given: asked.append(1) or real(*given))
     images, labels, maps = random_images(SHAPE), labels_of(5), maps_of("own", 5)
     options: dict[str, Any] = {"num_classes": CLASSES, "patch_size": 8, "mode": "elem", "seed": 3}
     expected = tokenmix(images, labels, maps=maps, backend="reference", **options)
