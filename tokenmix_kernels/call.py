@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 from . import arguments, dispatch, inputs, reference
 from .inputs import Evidence, Result, TopKMaps
 from .settings import MASK_RULES, Settings, as_text
+from .sharded import Shards
 
 __all__ = [
     "Maps", "as_offset", "as_seed", "crop_format", "make_settings", "named_backend", "result_dtype", "run",
@@ -158,6 +159,11 @@ def run(
 
     `places` is the evidence without its maps; `whole` False where images and targets are all that is wanted.
     """
+    if inputs.is_dtensor(images):
+        return run_in_shards(
+            images, labels, maps, places, mask, partner, seed, generator, sample_offset, out, out_dtype, backend,
+            settings,
+        )  # fmt: skip
     given = images
     if is_tv_tensor(images):
         images = images.as_subclass(Tensor)
@@ -201,6 +207,38 @@ def run(
         return as_given(mixed, given), Result(*result)
     result = dispatch.mix_inplace(images, *rest) if in_place else dispatch.mix_out(images, target, *rest)
     return out, Result(*result)
+
+
+def run_in_shards(
+    images: Tensor,
+    labels: Tensor,
+    maps: Maps | None,
+    places: Evidence,
+    mask: Tensor | None,
+    partner: Tensor | None,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    sample_offset: int | None,
+    out: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Result]:
+    """`run` for images that are a DTensor: each rank mixes its shard, and counts its samples in the whole batch."""
+    shards = Shards(images)
+    if shards.replicated and seed is None and generator is None:
+        raise ValueError(
+            "seed must be given where images are replicated over a dimension of their mesh, and be the same on its "
+            "ranks, which else mix the same images in different ways"
+        )
+    if isinstance(maps, Tensor) and places.ids is None:
+        maps = shards.local("maps", maps)
+    elif isinstance(maps, TopKMaps) and places.ids is None:
+        maps = TopKMaps(shards.local("maps", maps.values), shards.local("maps", maps.indices))
+    offset = shards.start + (0 if sample_offset is None else arguments.as_offset(sample_offset))
+    mixed, result = run(
+        shards.local("images", images), shards.local("labels", labels), maps, shards.local_evidence(places),
+        shards.local("mask", mask), partner, seed, generator, offset, shards.local("out", out), *rest,
+    )  # fmt: skip
+    return shards.whole(mixed) if out is None else out, Result(*(shards.whole(part) for part in result))
 
 
 def is_tv_tensor(tensor: Any) -> bool:

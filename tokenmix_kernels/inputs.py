@@ -6,6 +6,7 @@ CPU only: to read a GPU's would make the host wait for it. There the kernels mak
 range adds nothing to the targets and counts as a label without evidence, a partner out of range is the sample itself.
 """
 
+import sys
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from .arguments import names, one_of, shown
 from .settings import MASK_RULES, MODES, Settings
 
-__all__ = ["Evidence", "Result", "TopKMaps", "check_form", "check_out", "check_settings", "check_values"]
+__all__ = ["Evidence", "Result", "TopKMaps", "check_form", "check_out", "check_settings", "check_values", "is_dtensor"]
 
 LONGEST_GRID = 64
 LARGEST_MAP = 64
@@ -120,6 +121,12 @@ def check_grid_cell(settings: Settings, grid_h: int, grid_w: int) -> None:
         )
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is spread over a device mesh."""
+    known = None if type(tensor) is Tensor else sys.modules.get("torch.distributed.tensor")
+    return known is not None and isinstance(tensor, known.DTensor)
+
+
 def check_tensor(
     name: str,
     tensor: Any,
@@ -132,6 +139,8 @@ def check_tensor(
     """Raise TypeError or ValueError for what is not a tensor of one of the dtypes, of the shape, on the device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if is_dtensor(tensor):
+        raise TypeError(f"{name} must be a plain tensor here, got a DTensor; use {name}.to_local()")
     if tensor.dtype not in dtypes:
         known = f"{'one of ' * (len(dtypes) > 1)}{names(*dtypes)}"
         raise TypeError(f"{name} must be {known}{what}, got {names(tensor.dtype)}")

@@ -246,7 +246,10 @@ def tokenmix(
 
     Args:
         images: [B, C, H, W] float32, float16, bfloat16, float64 or uint8; H and W multiples of patch_size; contiguous,
-            channels_last, or any strides. Never changed unless `out` is `images`.
+            channels_last, or any strides. Never changed unless `out` is `images`. Of a DTensor that is sharded along
+            the batch each rank mixes its own shard, and the results are DTensors of the same placements; labels, maps,
+            boxes and the like are then placed as images are, or are plain tensors of the rank's shard, and partner
+            indices count within it.
         labels: [B] class numbers of any integer dtype or bool; or a packed label-map batch [B, 3, k, h, w] float32 of
             TokenLabeling and the published TokenMix, which holds values, class numbers, crop and label.
         num_classes: K.
