@@ -1,10 +1,11 @@
-"""The kernels on a GPU against the reference on the CPU, graphs, and that the host never waits."""
+"""What only a GPU can do: graphs, streams, compiled steps, unchecked values, and that the host never waits.
 
-import math
+That its kernels do what the reference does is the matrix of `tests/devices`.
+"""
 
 import pytest
 import torch
-from mix_helpers import DTYPES, FLOATS, LAYOUTS, bits_equal, random_boxes, random_images
+from mix_helpers import bits_equal, random_boxes, random_images
 
 from tokenmix_kernels import TokenMix, TopKMaps, pool_targets, token_mask, tokenmix
 

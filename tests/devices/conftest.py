@@ -13,10 +13,14 @@ from device_helpers import DEVICES, Device, missing
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make no items for a device that is not there: `test_the_matrix_runs_on` says once why it is not."""
-    if "device" in metafunc.fixturenames:
-        mark = metafunc.definition.get_closest_marker("devices")
-        wanted = mark.args if mark else tuple(DEVICES)
-        metafunc.parametrize("device", [name for name in wanted if missing(name) is None], indirect=True)
+    if "device" not in metafunc.fixturenames:
+        return
+    mark = metafunc.definition.get_closest_marker("devices")
+    wanted = mark.args if mark else tuple(DEVICES)
+    marks = {name: [pytest.mark.gpu] if name == "gpu" else [] for name in wanted}
+    here = [pytest.param(name, marks=marks[name]) for name in wanted if missing(name) is None]
+    nowhere = pytest.mark.skip(reason=", or ".join(filter(None, map(missing, wanted))))
+    metafunc.parametrize("device", here or [pytest.param(wanted[0], marks=nowhere)], indirect=True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The devices of the matrix: the operators' reference on a CPU, the kernels under Triton's interpreter, and on a GPU."""
+"""The devices of the matrix: the operators on a CPU, and the kernels under Triton's interpreter and on a GPU."""
 
 import os
 from typing import Any, NamedTuple
@@ -26,6 +26,10 @@ class Device(NamedTuple):
             return type(value)(*map(self.put, value))
         return value
 
+    def seeds(self, count: int) -> range:
+        """Seeds to sweep: one where the operator runs what it is compared with."""
+        return range(1 if self.name == "reference" else count)
+
     @property
     def rounds(self) -> bool:
         """Whether casts to bfloat16 round: Triton's interpreter cuts."""
@@ -44,5 +48,5 @@ def missing(name: str) -> str | None:
     if name == "interpreter":
         return None if INTERPRETED else "needs TRITON_INTERPRET=1 from the start of the process"
     if INTERPRETED:
-        return f"{name}: not under Triton's interpreter, in a process without TRITON_INTERPRET"
+        return f"the {name} needs a process without TRITON_INTERPRET=1"
     return None if name == "reference" or torch.cuda.is_available() else "needs a GPU: no CUDA or ROCm device"
