@@ -140,7 +140,7 @@ def some_case(number: int) -> Case:
         minmax=pick.choice(((), (), (0.5, 0.5), (0.0, 1.0), (0.2, 0.7))) if mask_type == "cutmix" else (),
         correct_lam=pick.random() < 0.7,
         label_smoothing=pick.choice((0.0, 0.1, 1.0)),
-        mean=tuple(scale * pick.choice((0.4, 1.5)) for _ in range(channels)) if normalise else (),
+        mean=tuple(scale * pick.choice((0.4, 0.9)) for _ in range(channels)) if normalise else (),
         std=tuple(scale * pick.choice((0.2, 1.0, 3.0)) for _ in range(channels)) if normalise else (),
     )
     if settings.mixup_alpha > 0 and pick.random() < 0.1:

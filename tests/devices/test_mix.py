@@ -8,8 +8,7 @@ from device_helpers import Device
 from mix_helpers import bits_equal, random_boxes, random_images
 from torch import Tensor
 
-from tokenmix_kernels import TokenMix, TopKMaps, kernels, pool_targets, token_mask, tokenmix
-from tokenmix_kernels import mix as mix_module
+from tokenmix_kernels import TokenMix, TopKMaps, call, kernels, pool_targets, token_mask, tokenmix
 from tokenmix_kernels.inputs import Evidence
 from tokenmix_kernels.kernels.groups import Results
 from tokenmix_kernels.settings import Settings
@@ -289,11 +288,11 @@ def test_out_may_lie_in_memory_in_another_way(device, draw, layout, into):
 @pytest.mark.devices("interpreter", "gpu")
 def test_a_step_on_a_gpu_repeats_no_checks_but_misses_no_change(device, monkeypatch):
     """What an eager call on a GPU does, on CPU tensors too: no operator, and each form of inputs is checked once."""
-    monkeypatch.setattr(mix_module, "launches_at_once", lambda images: True)
-    monkeypatch.setattr(mix_module, "PASSED", set())
+    monkeypatch.setattr(call, "launches_at_once", lambda images: True)
+    monkeypatch.setattr(call, "PASSED", set())
     asked = []
-    real = mix_module.inputs.check_form
-    monkeypatch.setattr(mix_module.inputs, "check_form", lambda *given: asked.append(1) or real(*given))
+    real = call.inputs.check_form
+    monkeypatch.setattr(call.inputs, "check_form", lambda *given: asked.append(1) or real(*given))
     images, labels, maps = random_images(SHAPE), labels_of(5), maps_of("own", 5)
     options: dict[str, Any] = {"num_classes": CLASSES, "patch_size": 8, "mode": "elem", "seed": 3}
     expected = tokenmix(images, labels, maps=maps, backend="reference", **options)
