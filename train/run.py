@@ -97,11 +97,6 @@ def build(args: argparse.Namespace) -> Run:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     data = load_data(args)
-    if args.num_classes not in (None, len(data.classes)):
-        raise ValueError(
-            f"--num-classes must be {len(data.classes)}, the number of classes of --data {args.data}, "
-            f"got {args.num_classes}"
-        )
     model = make_model(args, len(data.classes))
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=memory_format)

@@ -102,7 +102,8 @@ def load_data(args: argparse.Namespace) -> Data:
     whole = load_whole(args)
     if args.num_classes not in (None, len(whole.classes)):
         raise ValueError(
-            f"--num-classes is {args.num_classes}, but the data {whole.name} has {len(whole.classes)} classes"
+            f"--num-classes must be {len(whole.classes)}, the number of classes of --data {args.data}, "
+            f"got {args.num_classes}"
         )
     data = restrict(whole, args.holdout, args.label_fraction, args.seed)
     if getattr(args, "skip_broken", False) and not data.stream:
