@@ -5,13 +5,15 @@ cases. A difference is reported with the number that makes its case again: `--fi
 """
 
 import argparse
+import importlib
 import os
 import random
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not any(argument.startswith("--ptxsim") for argument in sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from tokenmix_kernels import TokenMix, TopKMaps, dispatch, kernels, pool_targets, reference, token_mask, tokenmix
 from tokenmix_kernels.inputs import Evidence, Result
+from tokenmix_kernels.kernels.groups import Results
 from tokenmix_kernels.settings import MASK_RULES, Settings
 
 TOLERANCE = 1e-6  # of targets and weights
@@ -114,7 +117,7 @@ def some_evidence(pick: random.Random, batch: int, classes: int) -> Evidence:
     return Evidence(maps, indices, ids, boxes, flips, affines)
 
 
-def some_case(number: int) -> Case:
+def some_case(number: int, interpreted: bool = True) -> Case:
     """The case of a number: always the same."""
     pick = random.Random(number)
     batch, channels = pick.choice((1, 2, 3, 5)), pick.choice((1, 2, 3, 4))
@@ -161,7 +164,9 @@ def some_case(number: int) -> Case:
     if not in_place:
         out_dtype = pick.choice(floats) if normalise or dtype != torch.uint8 else pick.choice(DTYPES)
     # Triton's interpreter cuts float32 off to bfloat16 where hardware and PyTorch round: only copies can be compared.
-    if out_dtype == torch.bfloat16 and (dtype != torch.bfloat16 or normalise):
+    if not interpreted:
+        pass
+    elif out_dtype == torch.bfloat16 and (dtype != torch.bfloat16 or normalise):
         out_dtype = torch.float16
     elif out_dtype == torch.bfloat16:
         settings = settings._replace(mixup_alpha=0.0, cutmix_alpha=1.0)
@@ -181,30 +186,60 @@ def some_case(number: int) -> Case:
     )
 
 
-def mixed(module: Any, case: Case) -> tuple[Tensor, Result]:
+def placed(value: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on a device, with the same strides at the same storage offset; what is between is NaN, 42 or True."""
+    end = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    between = float("nan") if value.is_floating_point() else 42
+    memory = torch.full((value.storage_offset() + end,), between, dtype=value.dtype, device=device)
+    return memory.as_strided(value.shape, value.stride(), value.storage_offset()).copy_(value)
+
+
+def mixed(module: Any, case: Case, device: str = "cpu") -> tuple[Tensor, Result]:
     """The images and the rest of a mix; what is not written is NaN, or 0xAA."""
-    images = case.images.clone(memory_format=torch.preserve_format)
-    if case.images.storage_offset() or not case.images.is_contiguous():
-        images = case.images  # as it is in memory
-    if case.in_place:
-        whole = case.images.untyped_storage().clone()
-        images = torch.empty(0, dtype=case.images.dtype).set_(
-            whole, case.images.storage_offset(), case.images.shape, case.images.stride()
-        )
-        out = images
-    else:
+    images = placed(case.images, device)
+    out = images
+    if not case.in_place:
         out = torch.full_like(images, float("nan") if case.out_dtype.is_floating_point else 0xAA, dtype=case.out_dtype)
+    labels, partner, mask = (None if one is None else one.to(device) for one in (case.labels, case.partner, case.mask))
+    evidence = Evidence(*(one.to(device) if isinstance(one, Tensor) else one for one in case.evidence))
     result = dispatch.mix_into(
-        module, images, out, case.labels, case.partner, case.evidence, case.mask, case.seed, case.sample_offset,
-        case.settings, case.in_place,
+        module, images, out, labels, partner, evidence, mask, case.seed, case.sample_offset, case.settings,
+        case.in_place,
     )  # fmt: skip
-    return out, result
+    return out.cpu(), Result(*(one.cpu() for one in result))
 
 
-def difference(case: Case) -> str | None:
-    """What differs between kernels and reference, or None."""
+class Simulated:
+    """The compiled kernel, its PTX executed by a simulator that is no part of this project."""
+
+    def __init__(self, folder: Path, arch: int) -> None:
+        sys.path.insert(0, str(folder))
+        self.ptxsim, self.arch = importlib.import_module("ptxsim"), arch
+
+    def mix(
+        self, images: Tensor, out: Tensor, labels: Tensor, partner: Tensor | None, evidence: Evidence,
+        mask: Tensor | None, seed: Tensor, sample_offset: int, settings: Settings,
+    ) -> Result:  # fmt: skip
+        batch, _, height, width = images.shape
+        grid = (height // settings.patch_size, width // settings.patch_size)
+        result = Result(
+            torch.full((batch, settings.num_classes), float("nan")), torch.ones(batch, *grid, dtype=torch.bool),
+            torch.full((batch, 2), float("nan")), torch.full((batch,), 99, dtype=torch.uint8),
+        )  # fmt: skip
+        ready = kernels.prepare(
+            images, out, labels, partner, evidence, mask, seed, sample_offset, settings,
+            Results(result.targets, result.weights, result.mask, result.kind), tuple(images.shape), images.device,
+            kernels.Card(132, 50 << 20, True),
+        )  # fmt: skip
+        compiled = self.ptxsim.compile_kernel(kernels.mix_kernel, ready.arguments, arch=self.arch, **ready.options)
+        self.ptxsim.run(compiled, ready.grid, ready.arguments, races="raise")
+        return result
+
+
+def difference(case: Case, device: str = "cpu", module: Any = kernels) -> str | None:
+    """What differs between the kernels on a device and the reference on the CPU, or None."""
     right_images, right = mixed(reference, case)
-    images, got = mixed(kernels, case)
+    images, got = mixed(module, case, device)
     if not torch.equal(got.mask, right.mask):
         return f"masks differ in {int((got.mask != right.mask).sum())} tokens"
     if not torch.equal(got.kind, right.kind):
@@ -226,13 +261,13 @@ def bits_of(images: Tensor) -> Tensor:
     return plain.view(torch.int16 if plain.element_size() == 2 else torch.int32)
 
 
-def compare(first: int, count: int, report: Callable[[str], None] = print) -> int:
+def compare(first: int, count: int, simulated: Simulated | None = None, report: Callable[[str], None] = print) -> int:
     """Compare cases first ... first + count - 1; the number of those that differ."""
     bad = 0
     for number in range(first, first + count):
-        case = some_case(number)
+        case = some_case(number, simulated is None)
         try:
-            what = difference(case)
+            what = difference(case, module=simulated or kernels)
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
         if what is not None:
@@ -308,8 +343,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=1000, help="how many (default: 1000)")
     parser.add_argument("--first", type=int, default=0, help="number of the first (default: 0)")
+    parser.add_argument(
+        "--ptxsim", type=Path, metavar="DIR", help="execute compiled PTX by this folder's module ptxsim"
+    )
+    parser.add_argument("--arch", type=int, choices=(80, 90), default=90, help="to compile for (default: 90)")
     args = parser.parse_args()
-    bad = compare(args.first, args.cases)
+    bad = compare(args.first, args.cases, Simulated(args.ptxsim, args.arch) if args.ptxsim else None)
     print(f"{args.cases} cases from {args.first}: {bad} with a difference")
     return 1 if bad else 0
 

@@ -180,12 +180,12 @@ class ActivationTeacher(nn.Module):
         if images.dtype == torch.uint8:
             images = (images.to(torch.float32) / 255 - self.mean) / self.std
         images = images.to(self.dtype)
+        valid = (labels >= 0) & (labels < self.num_classes)
         # On a GPU in bf16: maps need no more, and the teacher costs half.
         with plain_arithmetic(images.device, bf16=images.is_cuda):
             if self.method == "attention":
-                return self.attention(images)
+                return self.attention(images) * valid[:, None, None]
             features = self.features(images)  # [B, C, h, w]
-        valid = (labels >= 0) & (labels < self.num_classes)
         with plain_arithmetic(images.device):
             return self.label_maps(features.float(), labels.clamp(0, self.num_classes - 1)) * valid[:, None, None]
 

@@ -1,0 +1,394 @@
+"""Stand-ins for `torch.cuda`, NCCL and Triton's driver: within `pretended_gpus`, code believes that there are GPUs.
+
+A launch of a kernel writes what the reference says, after a look at the device of each of its arguments. A graph
+repeats its launches and random numbers. DDP averages gradients over gloo. Memory is not counted, times are the host's,
+`torch.compile` hands its function on, and pinned memory only says that it is.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from pretend_tensor import NOW, FunctionMode, PretendTensor, State, held, state
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from tokenmix_kernels import kernels, mix, reference
+from tokenmix_kernels.kernels import attention, launch
+
+__all__ = ["data_parallel", "pretended_gpus"]
+
+NAME = "NVIDIA H100 80GB HBM3"
+PROPERTIES = SimpleNamespace(
+    name=NAME, multi_processor_count=132, L2_cache_size=50 << 20, total_memory=80 << 30, major=9, minor=0,
+    warp_size=32,
+)  # fmt: skip
+
+
+class Event:
+    """A mark of the host's clock."""
+
+    def __init__(self, enable_timing: bool = False, **_: Any) -> None:
+        self.timed, self.at = enable_timing, None
+
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        if self.at is None:
+            raise RuntimeError("the event was not recorded")
+        state().read("event.synchronize")
+
+    def elapsed_time(self, end: "Event") -> float:
+        if self.at is None or end.at is None or not (self.timed and end.timed):
+            raise RuntimeError("Both events must be recorded, with enable_timing=True, before calculating elapsed time")
+        return max(1e3 * (end.at - self.at), 1e-6)
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class AnyGenerator(type(torch._C.Generator)):  # type: ignore[misc]
+    def __instancecheck__(cls, one: Any) -> bool:
+        return type.__instancecheck__(torch._C.Generator, one)
+
+
+class Generator(torch._C.Generator, metaclass=AnyGenerator):
+    """A generator, of the CPU wherever it is asked for."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        return super().__new__(cls, "cpu" if torch.device(device).type == "cuda" else device)
+
+
+class Stream:
+    """A stream: all of them are the host's order."""
+
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
+        self.cuda_stream = 0
+
+    def wait_stream(self, other: Any) -> None:
+        assert isinstance(other, Stream)
+
+    def wait_event(self, event: Any) -> None:
+        assert isinstance(event, Event)
+
+    def synchronize(self) -> None:
+        synchronize()
+
+    def is_capturing(self) -> bool:
+        return state().capturing is not None
+
+    def record_event(self, event: Any = None) -> Event:
+        event = event or Event()
+        event.record()
+        return event
+
+
+class Graph:
+    """Repeats what was launched and drawn while it was recorded."""
+
+    def __init__(self, **_: Any) -> None:
+        self.work: list[Callable[[], Any]] = []
+        self.recorded = False
+
+    def replay(self) -> None:
+        if not self.recorded:
+            raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
+        for one in self.work:
+            one()
+
+
+@contextmanager
+def recorded(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
+    """torch.cuda.graph."""
+    now = state()
+    if now.capturing is not None:
+        raise RuntimeError("a graph is being captured already")
+    now.capturing = graph
+    try:
+        yield
+    finally:
+        now.capturing = None
+    graph.recorded = True
+
+
+def synchronize(device: Any = None) -> None:
+    state().read("synchronize")
+
+
+def index_of(device: Any = None) -> int:
+    """As torch.cuda.set_device and the like read a device."""
+    if device is None:
+        return state().current
+    if isinstance(device, int):
+        return device
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(f"Expected a cuda device, but got: {device}")
+    return state().current if device.index is None else device.index
+
+
+def set_device(device: Any) -> None:
+    if not isinstance(device, int) and torch.device(device).index is None:
+        raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
+    if not 0 <= index_of(device) < torch.cuda.device_count():
+        raise RuntimeError("CUDA error: invalid device ordinal")
+    state().current = index_of(device)
+
+
+def cuda_functions(devices: int) -> dict[str, Any]:
+    """The functions and classes of torch.cuda by name."""
+    memory = {"memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"}
+    generators = {number: torch.Generator().manual_seed(number) for number in range(devices)}
+    return {
+        "is_available": lambda: True,
+        "device_count": lambda: devices,
+        "current_device": lambda: state().current,
+        "set_device": set_device,
+        "get_device_name": lambda device=None: f"{NAME}" if index_of(device) < devices else None,
+        "get_device_properties": lambda device=None: PROPERTIES,
+        "get_device_capability": lambda device=None: (9, 0),
+        "is_bf16_supported": lambda *_: True,
+        "is_current_stream_capturing": lambda: state().capturing is not None,
+        "synchronize": synchronize,
+        "Event": Event,
+        "Stream": Stream,
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device=None: Stream(),
+        "default_stream": lambda device=None: Stream(),
+        "CUDAGraph": Graph,
+        "graph": recorded,
+        "reset_peak_memory_stats": lambda device=None: index_of(device),
+        "empty_cache": lambda: None,
+        "manual_seed": lambda seed: None,
+        "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device=None: generators[index_of(device)].get_state(),
+        "set_rng_state": lambda new, device=None: generators[index_of(device)].set_state(new),
+        **{name: (lambda device=None: index_of(device) * 0 + (1 << 20)) for name in memory},
+    }
+
+
+class Driver:
+    """Triton's driver, as its benchmarks ask for it."""
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def get_empty_cache_for_benchmark(self) -> Tensor:
+        return torch.empty(1 << 10, dtype=torch.int8, device="cuda")
+
+    def clear_cache(self, cache: Tensor) -> None:
+        cache.zero_()
+
+    def get_current_device(self) -> int:
+        return state().current
+
+
+class Launches:
+    """What stands where the compiled kernels are."""
+
+    def __init__(self) -> None:
+        self.asked: dict[int, tuple[Any, ...]] = {}  # by the identity of a launch's results: what `prepare` was told
+        self.ready: Callable[..., Any] = launch.prepare
+
+    def prepare(self, *arguments: Any) -> Any:
+        self.asked[id(arguments[9])] = arguments
+        return self.ready(*arguments)
+
+    def run(self, name: str, write: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+        """The `run` of a kernel: note the launch, and write what it would."""
+
+        def run(*, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
+            now = state()
+            for place, tensor in enumerate(one for one in tree_flatten(arguments)[0] if isinstance(one, Tensor)):
+                if not isinstance(tensor, PretendTensor):
+                    raise ValueError(f"Pointer argument (at {place}) cannot be accessed from Triton (cpu tensor?)")
+                if tensor.index != now.current and torch.cuda.device_count() == 1:
+                    raise ValueError(f"an argument of {name} is on {tensor.device}, which is not there")
+            assert all(isinstance(size, int) and size > 0 for size in grid), grid
+            now.launches.append((name, grid, arguments))
+            if now.capturing is not None:
+                now.capturing.work.append(lambda: write(arguments))
+            write(arguments)
+
+        return run
+
+    def write_mix(self, arguments: dict[str, Any]) -> None:
+        """What mix_kernel writes, by the reference."""
+        results = arguments["results"]
+        asked = held(self.asked[id(results)][:9])
+        images, out, labels, partner, evidence, mask, seed, offset, settings = asked
+        targets, weights, mask_out, kind = held(tuple(results))
+        if images is None and labels is None:
+            mask_out.copy_(reference.token_mask(*mask_out.shape[:1], tuple(mask_out.shape[1:]), seed, offset, settings))
+        elif images is None:
+            weights.copy_(reference.pool_targets(evidence, labels, mask, partner))
+        else:
+            inside = (labels >= 0) & (labels < settings.num_classes)
+            found = reference.mix(
+                images, out, labels.where(inside, 0), partner, evidence, mask, seed, offset, settings
+            )  # fmt: skip
+            for place, value in zip((targets, mask_out, weights, kind), found, strict=True):
+                if place is not None:
+                    place.copy_(value)
+
+    def write_attention(self, arguments: dict[str, Any]) -> None:
+        """What attention_kernel writes, by the reference."""
+        targets, mix_, pairs = (held(arguments[name]) for name in ("targets", "mix", "pairs"))
+        targets.copy_(
+            reference.attention_targets(mix_, pairs.labels, pairs.partner, targets.shape[1], arguments["smoothing"])
+        )
+
+
+def initialised(backend: str, *, device_id: torch.device | None = None, **options: Any) -> None:
+    """dist.init_process_group: gloo where NCCL is asked for."""
+    if backend != "nccl" or device_id is None or device_id.index != state().current:
+        raise ValueError(f"a process on a GPU needs NCCL and its own device, got {backend} and {device_id}")
+    INIT("gloo", **options)
+
+
+@contextmanager
+def data_parallel() -> Iterator[None]:
+    """DistributedDataParallel under the names that the trainer has for it."""
+    import train.loop
+    import train.run
+
+    with (
+        mock.patch.object(train.run, "DistributedDataParallel", DataParallel),
+        mock.patch.object(train.loop, "DistributedDataParallel", DataParallel),
+    ):
+        yield
+
+
+INIT = dist.init_process_group
+ALL_REDUCE = dist.all_reduce
+
+
+def all_reduce(tensor: Tensor, **options: Any) -> Any:
+    """NCCL: GPU tensors only."""
+    if not isinstance(tensor, PretendTensor):
+        raise RuntimeError("No backend type associated with device type cpu")
+    return ALL_REDUCE(tensor.held, **options)
+
+
+class DataParallel(nn.Module):
+    """DistributedDataParallel: averages gradients after the backward pass of the last part of an update."""
+
+    def __init__(self, module: nn.Module, device_ids: list[int] | None = None) -> None:
+        super().__init__()
+        places = {parameter.device for parameter in module.parameters()}
+        if device_ids is None or places != {torch.device("cuda", device_ids[0])}:
+            raise ValueError(f"DistributedDataParallel device_ids {device_ids} do not fit the model's {places}")
+        self.module, self.exchanging = module, True
+        for parameter in module.parameters():
+            dist.broadcast(held(parameter).detach(), 0)
+            parameter.register_post_accumulate_grad_hook(self.exchange)
+
+    def exchange(self, parameter: Tensor) -> None:
+        if self.exchanging:
+            assert parameter.grad is not None
+            ALL_REDUCE(held(parameter.grad))
+            held(parameter.grad).div_(dist.get_world_size())
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self.exchanging = False
+        try:
+            yield
+        finally:
+            self.exchanging = True
+
+    def forward(self, *given: Any) -> Any:
+        return self.module(*given)
+
+
+def autocast_of(autocast: Any) -> Callable[..., Any]:
+    """torch.autocast: the engine believes that tensors are on the CPU, so the CPU's is switched."""
+
+    def on_cpu(device_type: str, *arguments: Any, **options: Any) -> Any:
+        return autocast("cpu" if device_type == "cuda" else device_type, *arguments, **options)
+
+    return on_cpu
+
+
+def pinned(values: Tensor, device: Any = None) -> Tensor:
+    """Tensor.pin_memory: a copy that says so."""
+    copied = values.clone()
+    copied.is_in_pinned_memory = True  # type: ignore[attr-defined]
+    return copied
+
+
+def is_pinned(values: Tensor, device: Any = None) -> bool:
+    return getattr(values, "is_in_pinned_memory", False)
+
+
+GROUP = torch._C._group_tensors_by_device_and_dtype
+
+
+def grouped(lists: Any, with_indices: bool = False) -> dict[Any, Any]:
+    """Tensors by device and dtype, as optimisers and norms work on them."""
+    return {
+        (found[0][0].device, dtype): (found, places)
+        for (_, dtype), (found, places) in GROUP(lists, with_indices).items()
+    }
+
+
+def type_of(value: Any) -> type:
+    """`type`, where a pretended tensor is one without subclass."""
+    return Tensor if isinstance(value, PretendTensor) else type(value)
+
+
+@contextmanager
+def pretended_gpus(devices: int = 1) -> Iterator[State]:
+    """Within it there are that many GPUs."""
+    from triton.runtime.driver import driver
+
+    NOW[0] = State()
+    launches = Launches()
+    launch.card_of.cache_clear()
+    launch.fixed_part.cache_clear()
+    mix.PASSED.clear()
+    patches: list[Any] = [mock.patch.object(torch.cuda, name, value) for name, value in cuda_functions(devices).items()]
+    patches += [
+        mock.patch.object(launch, "prepare", launches.prepare),
+        mock.patch.object(kernels, "prepare", launches.prepare),
+        mock.patch.object(kernels.mix_kernel, "run", launches.run("mix_kernel", launches.write_mix)),
+        mock.patch.object(
+            attention.attention_kernel, "run", launches.run("attention_kernel", launches.write_attention)
+        ),
+        mock.patch.object(mix, "type", type_of, create=True),
+        mock.patch.object(torch.accelerator, "current_stream", lambda device=None: Stream()),
+        mock.patch.object(torch.accelerator, "current_device_index", lambda: state().current),
+        mock.patch.object(torch.accelerator, "set_device_index", set_device),
+        mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped),
+        mock.patch.object(torch, "Generator", Generator),
+        mock.patch.object(Tensor, "pin_memory", pinned),
+        mock.patch.object(Tensor, "is_pinned", is_pinned),
+        mock.patch.object(torch, "autocast", autocast_of(torch.autocast)),
+        mock.patch.object(torch, "compile", lambda model=None, **_: model if model else lambda found: found),
+        mock.patch.object(driver, "_active", Driver()),
+        mock.patch.object(dist, "init_process_group", initialised),
+        mock.patch.object(dist, "all_reduce", all_reduce),
+    ]
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            stack.enter_context(FunctionMode())
+            yield state()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+        launch.card_of.cache_clear()
+        launch.fixed_part.cache_clear()
+        mix.PASSED.clear()
+        NOW[0] = State()

@@ -1,0 +1,11 @@
+"""What a process does that a test starts: train on a pretended GPU of its own."""
+
+from pretend_cuda import data_parallel, pretended_gpus
+
+from train.config import parse
+from train.loop import train
+
+
+def train_on_pretended_gpus(arguments: list[str]) -> None:
+    with pretended_gpus(2), data_parallel():
+        train(parse(arguments))
