@@ -174,7 +174,7 @@ def test_ddp_and_fsdp2(run, tmp_path):
 
 
 def test_torch_compile(run, monkeypatch):
-    # The graph as it is: Inductor, which tests/test_compiled.py has, takes a minute for the model around the mix.
+    # The graph as it is: Inductor, which tests/test_operators.py has, takes a minute for the model around the mix.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     names = run("torch.compile")
     images, labels = next(iter(names["loader"]))

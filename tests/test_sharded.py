@@ -8,7 +8,7 @@ from mix_helpers import generator, random_boxes, random_images
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from tokenmix_kernels import TokenMix, pool_targets, tokenmix
+from tokenmix_kernels import TokenMix, attention_targets, pool_targets, tokenmix
 
 LABELS = torch.tensor([0, 3, 1, 1, 2, 0, 3])
 OPTIONS = {"num_classes": 4, "patch_size": 8, "mode": "elem", "seed": 7}
@@ -81,6 +81,8 @@ def test_dtensors_that_do_not_fit_are_named(mesh):
     mask = torch.zeros(7, 4, 6, dtype=torch.bool)
     with pytest.raises(TypeError, match="maps must be a plain tensor here, got a DTensor"):
         pool_targets(maps, LABELS, mask)
+    with pytest.raises(TypeError, match="attention must be a plain tensor here, got a DTensor"):
+        attention_targets(distribute_tensor(torch.rand(7, 24), mesh, [Shard(0)]), mask, LABELS, num_classes=4)
 
 
 def test_a_sharded_step_can_be_compiled(mesh):

@@ -234,7 +234,7 @@ def test_each_worker_draws_masks_of_its_own():
 
 
 def test_the_collate_function_takes_maps():
-    dataset = WithPlaces(Pictures())
+    dataset = WithPlaces(Pictures(), tracked=False)
     collate = TokenMixCollate(**settings(mixup_alpha=0.0), maps=MAPS)
     loader = make(dataset, collate_fn=collate, persistent_workers=False)
     torch.manual_seed(3)
@@ -270,6 +270,8 @@ def test_batches_that_do_not_fit_are_named():
         TokenMixCollate(**settings(), maps=MAPS)([Bytes()[0], Bytes()[1]])
     with pytest.raises(TypeError, match="images must be uint8"):
         collate_places([(torch.zeros(3, 8, 8), 0)])
+    with pytest.raises(TypeError, match=r"transform must be a TrackedTransform.*got Compose.*set it after"):
+        next(iter(TokenMixLoader(make(WithPlaces(Pictures()), collate_fn=collate_places), mix, MAPS)))
     with pytest.raises(TypeError, match="images must be arrays or tensors, got a tuple of 2: wrap"):
         TokenMixCollate(**settings())([((Bytes()[0][0], None), 0)])
     with pytest.raises(TypeError, match=r"a batch must be \(images, labels\)"):

@@ -34,15 +34,20 @@ class WithPlaces(Dataset[Any]):
     """A data set whose samples say which map is theirs, and which part of it they show.
 
     Args:
-        dataset: gives (image, label), where `image` is (image, `Geometry`) if its transform is a `TrackedTransform`.
-            Its `transform` can be read and set here, as timm's `create_loader` does.
+        dataset: gives (image, label), where `image` is (image, `Geometry`) as `TrackedTransform` and `EvalTransform`
+            have it. Its `transform` can be read and set here, as timm's `create_loader` does.
+        tracked: False if images show all of their map, whatever the transform.
 
     A sample is (image, label, places); `places` has 'ids', the sample's index in `dataset`, and 'affines' [2, 3] where
-    the transform is tracked.
+    it is tracked.
+
+    Raises:
+        TypeError: when a sample is read whose geometry is not known.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, tracked: bool = True) -> None:
         self.dataset = dataset
+        self.tracked = tracked
 
     @property
     def transform(self) -> Any:
@@ -60,7 +65,13 @@ class WithPlaces(Dataset[Any]):
         places: dict[str, Any] = {"ids": index}
         if isinstance(image, tuple) and len(image) == 2 and isinstance(image[1], Geometry):
             image, geometry = image
-            places["affines"] = geometry.affine
+            if self.tracked:
+                places["affines"] = geometry.affine
+        elif self.tracked:
+            raise TypeError(
+                "the data set's transform must be a TrackedTransform, which says what part of its map an image shows, "
+                f"got {shown(self.transform)}; create_loader sets one of its own, so set it after that"
+            )
         return image, label, places
 
 
