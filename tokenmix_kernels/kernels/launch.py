@@ -68,15 +68,17 @@ class Card(NamedTuple):
     ptx: bool
 
 
-# Where there is no GPU: the interpreter and ahead-of-time compilation. No instructions of one vendor.
+# Where there is no GPU. Compiled ahead of time: no instructions of one vendor. Interpreted: few programs, which run one
+# after the other, each with a draw of its own.
 NO_CARD = Card(108, 0, False)
+INTERPRETER = Card(4, 0, False)
 
 
 @lru_cache(maxsize=64)
 def card_of(device: torch.device) -> Card:
     """The properties of a device, looked up once."""
     if device.type != "cuda":
-        return NO_CARD
+        return INTERPRETER if interpreted() else NO_CARD
     properties = torch.cuda.get_device_properties(device)
     return Card(properties.multi_processor_count, properties.L2_cache_size, not torch.version.hip)
 
