@@ -1,7 +1,7 @@
 """Stand-ins for `torch.cuda`, NCCL and Triton's driver: within `pretended_gpus`, code believes that there are GPUs.
 
-A launch of a kernel writes what the reference says, after a look at the device of each of its arguments. A graph repeats
-its launches and random numbers. DDP averages gradients over gloo. Memory is not counted, times are the host's,
+A launch of a kernel writes what the reference says, after a look at the device of each of its arguments. A graph
+repeats its launches and random numbers. DDP averages gradients over gloo. Memory is not counted, times are the host's,
 `torch.compile` hands its function on, and pinned memory only says that it is.
 """
 
