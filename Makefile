@@ -20,7 +20,7 @@ train: $(BIN)/demo.installed  ## install, and train a small DeiT on photographs 
 
 test: $(BIN)/test.installed lint  ## install, and run all tests
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/devices
 
 lint: $(BIN)/test.installed  ## style and types
 	$(BIN)/ruff check .

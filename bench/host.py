@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenmix_kernels import TokenMix, TopKMaps, dispatch, kernels, mix
+from tokenmix_kernels import TokenMix, TopKMaps, dispatch, kernels
 from tokenmix_kernels.inputs import Evidence
 from tokenmix_kernels.kernels.groups import Results
 
@@ -122,9 +122,9 @@ def measure(rounds: int = 60, each: int = 100, batch: int = 2) -> tuple[int, lis
         "TokenMix(images, labels, maps, boxes, seed=seed)": lambda: mixing(images, labels, maps, boxes, seed=seed),
     }
     # What a GPU tensor would be told is told these: go to the kernels at once.
-    at_once = mock.patch.object(mix, "launches_at_once", lambda images: True)
+    at_once = mock.patch("tokenmix_kernels.call.launches_at_once", lambda images: True)
     # On a CPU the kernels are refused but under the interpreter.
-    allowed = mock.patch.object(mix, "named_backend", lambda *_: kernels)
+    allowed = mock.patch("tokenmix_kernels.call.named_backend", lambda *_: kernels)
     with stubbed(), at_once, allowed:
         found = in_turn(calls, rounds, each)
     bare = np.array(found["bare launch, same arguments"])

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -199,30 +198,6 @@ def mixers_table(record: dict[str, Any]) -> str:
     return head + markdown(columns, rows)
 
 
-def mean_and_deviation(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
-
-
-def study_table(record: dict[str, Any]) -> str:
-    half = record["dropped"].index(0.5)
-    rows = [
-        [
-            name,
-            mean_and_deviation([run["top1"] for run in runs]),
-            mean_and_deviation([run["occlusion"][half] for run in runs]),
-            mean_and_deviation([run["still_defective"]["most"] for run in runs]),
-            mean_and_deviation([run["still_defective"]["least"] for run in runs]),
-        ]
-        for name, runs in record["runs"].items()
-    ]
-    seeds, epochs = min(map(len, record["runs"].values())), record["recipe"]["epochs"]
-    columns = (
-        "targets", "top-1", "top-1, half of the tokens blanked", "still defective, most evidence pasted over",
-        "least evidence pasted over",
-    )  # fmt: skip
-    return f"Percent; mean and standard deviation of {seeds} seeds, {epochs} epochs each.\n\n" + markdown(columns, rows)
-
-
 def simulated_table(record: dict[str, Any]) -> str:
     cards = list(dict.fromkeys(row["card"] for row in record["rows"]))
     rows = []
@@ -264,7 +239,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu": gpu_table,
     "fidelity": fidelity_table,
     "mixers": mixers_table,
-    "study": study_table,
 }
 PAGE, README = Path("docs/performance.md"), Path("README.md")
 # Where the page's tables come from, by the marks they stand between.
@@ -278,7 +252,6 @@ SOURCES = {
     "growth": Path("bench/results/growth.json"),
     "growth_counts": Path("bench/results/growth_counts.json"),
     "fidelity": Path("bench/results/fidelity.json"),
-    "study": Path("train/results/study.json"),
 }
 
 

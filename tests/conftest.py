@@ -26,11 +26,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why}"))
-
-
-@pytest.fixture
-def poisoned():
-    """Memory that is not written reads as NaN, as the largest integer, or as True."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)

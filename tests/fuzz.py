@@ -140,7 +140,7 @@ def some_case(number: int) -> Case:
         minmax=pick.choice(((), (), (0.5, 0.5), (0.0, 1.0), (0.2, 0.7))) if mask_type == "cutmix" else (),
         correct_lam=pick.random() < 0.7,
         label_smoothing=pick.choice((0.0, 0.1, 1.0)),
-        mean=tuple(scale * pick.choice((0.4, 1.5)) for _ in range(channels)) if normalise else (),
+        mean=tuple(scale * pick.choice((0.4, 0.9)) for _ in range(channels)) if normalise else (),
         std=tuple(scale * pick.choice((0.2, 1.0, 3.0)) for _ in range(channels)) if normalise else (),
     )
     if settings.mixup_alpha > 0 and pick.random() < 0.1:
@@ -181,30 +181,33 @@ def some_case(number: int) -> Case:
     )
 
 
-def mixed(module: Any, case: Case) -> tuple[Tensor, Result]:
+def placed(value: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on a device, with the same strides at the same storage offset; what is between is NaN, 42 or True."""
+    end = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    between = float("nan") if value.is_floating_point() else 42
+    memory = torch.full((value.storage_offset() + end,), between, dtype=value.dtype, device=device)
+    return memory.as_strided(value.shape, value.stride(), value.storage_offset()).copy_(value)
+
+
+def mixed(module: Any, case: Case, device: str = "cpu") -> tuple[Tensor, Result]:
     """The images and the rest of a mix; what is not written is NaN, or 0xAA."""
-    images = case.images.clone(memory_format=torch.preserve_format)
-    if case.images.storage_offset() or not case.images.is_contiguous():
-        images = case.images  # as it is in memory
-    if case.in_place:
-        whole = case.images.untyped_storage().clone()
-        images = torch.empty(0, dtype=case.images.dtype).set_(
-            whole, case.images.storage_offset(), case.images.shape, case.images.stride()
-        )
-        out = images
-    else:
+    images = placed(case.images, device)
+    out = images
+    if not case.in_place:
         out = torch.full_like(images, float("nan") if case.out_dtype.is_floating_point else 0xAA, dtype=case.out_dtype)
+    labels, partner, mask = (None if one is None else one.to(device) for one in (case.labels, case.partner, case.mask))
+    evidence = Evidence(*(one.to(device) if isinstance(one, Tensor) else one for one in case.evidence))
     result = dispatch.mix_into(
-        module, images, out, case.labels, case.partner, case.evidence, case.mask, case.seed, case.sample_offset,
-        case.settings, case.in_place,
+        module, images, out, labels, partner, evidence, mask, case.seed, case.sample_offset, case.settings,
+        case.in_place,
     )  # fmt: skip
-    return out, result
+    return out.cpu(), Result(*(one.cpu() for one in result))
 
 
-def difference(case: Case) -> str | None:
-    """What differs between kernels and reference, or None."""
+def difference(case: Case, device: str = "cpu") -> str | None:
+    """What differs between the kernels on a device and the reference on the CPU, or None."""
     right_images, right = mixed(reference, case)
-    images, got = mixed(kernels, case)
+    images, got = mixed(kernels, case, device)
     if not torch.equal(got.mask, right.mask):
         return f"masks differ in {int((got.mask != right.mask).sum())} tokens"
     if not torch.equal(got.kind, right.kind):

@@ -300,6 +300,16 @@ BAD = {
     "mean-inf": ({"mean": (INF, 0, 0), "std": (1, 1, 1)}, ValueError, r"mean must be finite, got \(inf"),
     "mean-number": ({"mean": 0.5, "std": 0.5}, ValueError, r"mean must be a sequence of numbers, got 0\.5"),
     "std-0": ({"mean": (0, 0, 0), "std": (1, 0, 1)}, ValueError, r"std must be above 0 and finite, got \(1\.0, 0\.0"),
+    "mean-bytes": (
+        {"images": images(dtype=BYTES), "mean": (300.0,) * 3, "std": (60.0,) * 3},
+        ValueError,
+        "mean must be between -256 and 256 for uint8 images",
+    ),
+    "mean-unit": (
+        {"images": images(dtype=BYTES), "mean": (0.5,) * 3, "std": (0.2,) * 3},
+        ValueError,
+        "mean and std must be in the units of uint8 images, 0 to 255",
+    ),
     "out-dtype-int": ({"out_dtype": INT}, TypeError, r"out_dtype must be float32, .*got torch\.int32"),
     "out-dtype-bytes": ({"out_dtype": BYTES}, TypeError, "out_dtype must be float32, .*uint8 for plain bytes"),
     "crop-axes": ({"crop_axes": "left"}, ValueError, "crop_axes must be one of 'correct', 'published', got 'left'"),

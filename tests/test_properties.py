@@ -51,7 +51,7 @@ def partners(draw, batch):
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=120)
 def test_tokens_come_whole_from_the_image_or_its_partner(data):
     images, patch = data.draw(batches())
     batch = len(images)
@@ -74,7 +74,7 @@ def test_tokens_come_whole_from_the_image_or_its_partner(data):
 
 
 @given(st.data())
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_a_rectangle_comes_from_the_partner(data):
     images, patch = data.draw(batches())
     batch = len(images)
@@ -102,7 +102,7 @@ def test_a_rectangle_comes_from_the_partner(data):
 
 
 @given(st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_in_place_and_into_out_equal_a_new_batch(data):
     images, patch = data.draw(batches())
     batch = len(images)
@@ -133,7 +133,7 @@ def test_in_place_and_into_out_equal_a_new_batch(data):
 
 
 @given(st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_normalised_bytes_are_the_bytes_normalised(data):
     images, patch = data.draw(batches(dtypes=(torch.uint8,)))
     channels = images.shape[1]
@@ -153,7 +153,7 @@ def test_normalised_bytes_are_the_bytes_normalised(data):
 
 
 @given(st.data())
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_weights_are_roi_align_of_any_map_on_any_grid(data):
     batch = data.draw(st.integers(1, 6))
     size = data.draw(st.integers(1, 64)), data.draw(st.integers(1, 64))
@@ -174,7 +174,7 @@ def test_weights_are_roi_align_of_any_map_on_any_grid(data):
 
 
 @given(st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_masks_do_not_depend_on_the_rest_of_the_batch(data):
     batch = data.draw(st.integers(2, 9))
     grid = data.draw(st.integers(1, 64)), data.draw(st.integers(1, 64))

@@ -22,10 +22,10 @@ from tokenmix_kernels import TopKMaps, tokenmix
 from train import checkpoint
 from train.config import load_recipe, parse
 from train.data import EpochOrder, load_data
+from train.examples import as_evidence, token_evidence
 from train.files import write_atomic
 from train.guard import NonFiniteLoss, replay
 from train.loop import train
-from train.picture import as_evidence, token_evidence
 from train.profile_mixers import PublishedMix, profile_mixers
 from train.run import build
 from train.step import mixing_seed

@@ -9,4 +9,4 @@ __all__ = [
     "progressive_ratio", "token_mask", "tokenmix",
 ]  # fmt: skip
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

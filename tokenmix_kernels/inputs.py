@@ -6,16 +6,17 @@ CPU only: to read a GPU's would make the host wait for it. There the kernels mak
 range adds nothing to the targets and counts as a label without evidence, a partner out of range is the sample itself.
 """
 
+import sys
 from math import isfinite
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arguments import names, one_of, shown
 from .settings import MASK_RULES, MODES, Settings
 
-__all__ = ["Evidence", "Result", "TopKMaps", "check_form", "check_out", "check_settings", "check_values"]
+__all__ = ["Evidence", "Result", "TopKMaps", "check_form", "check_out", "check_settings", "check_values", "is_dtensor"]
 
 LONGEST_GRID = 64
 LARGEST_MAP = 64
@@ -85,89 +86,6 @@ def show(tensor: Tensor) -> str:
     return f"{list(tensor.shape)}"
 
 
-def names(*dtypes: torch.dtype) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def shown(value: Any) -> str:
-    """A wrong value in a message of one line."""
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {names(value.dtype)}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def as_number(name: str, value: Any, low: float, high: float, what: str) -> float:
-    """A Python float from a number of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
-        raise ValueError(f"{name} must be {what}, got {shown(value)}")
-    return float(value)
-
-
-def as_count(name: str, value: Any, low: int) -> int:
-    """A Python int from a whole number of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) < 2**31:
-        raise ValueError(f"{name} must be a whole number of at least {low}, below 2**31, got {shown(value)}")
-    return int(value)
-
-
-def as_numbers(name: str, values: Any) -> tuple[float, ...]:
-    """A sequence, array or tensor of numbers as a tuple; nothing where it is None."""
-    if values is None:
-        return ()
-    try:
-        return tuple(float(value) for value in values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be a sequence of numbers, got {shown(values)}") from error
-
-
-def as_patch_size(value: Any) -> int:
-    """A side from a number or a pair of equal numbers, as timm's models have it."""
-    if isinstance(value, (tuple, list)):
-        if len(value) != 2 or value[0] != value[1]:
-            raise ValueError(f"patch_size must be one side, or two equal ones, got {shown(value)}")
-        value = value[0]
-    return as_count("patch_size", value, 1)
-
-
-def as_grid(value: Any) -> tuple[int, int]:
-    """(Gh, Gw) from a pair of whole numbers."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"grid must be a pair of whole numbers, got {shown(value)}")
-    return as_count("grid", value[0], 0), as_count("grid", value[1], 0)
-
-
-def as_device(value: Any) -> torch.device:
-    """A device from one or its name."""
-    try:
-        if not isinstance(value, (str, torch.device)):
-            raise TypeError
-        return torch.device(value)
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"device must be a torch.device or its name, got {shown(value)}") from error
-
-
-def as_offset(value: Any) -> Any:
-    """A sample offset as an int; a symbolic integer of a traced graph is left as it is."""
-    if isinstance(value, torch.SymInt):
-        return value
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**62:
-        raise TypeError(f"sample_offset must be a whole number in [0, 2**62), got {shown(value)}")
-    return int(value)
-
-
-def as_seed_number(value: Any) -> int:
-    """A 64-bit integer of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not -(2**63) <= int(value) < 2**63:
-        raise ValueError(f"seed must be a 64-bit integer or a 0-d int64 tensor, got {shown(value)}")
-    return int(value)
-
-
-def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {shown(value)}")
-
-
 def check_settings(settings: Settings) -> None:
     """Raise ValueError for a setting out of its range."""
     one_of("mask_type", settings.mask_type, tuple(MASK_RULES))
@@ -203,6 +121,12 @@ def check_grid_cell(settings: Settings, grid_h: int, grid_w: int) -> None:
         )
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is spread over a device mesh."""
+    known = None if type(tensor) is Tensor else sys.modules.get("torch.distributed.tensor")
+    return known is not None and isinstance(tensor, known.DTensor)
+
+
 def check_tensor(
     name: str,
     tensor: Any,
@@ -215,6 +139,8 @@ def check_tensor(
     """Raise TypeError or ValueError for what is not a tensor of one of the dtypes, of the shape, on the device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if is_dtensor(tensor):
+        raise TypeError(f"{name} must be a plain tensor here, got a DTensor; use {name}.to_local()")
     if tensor.dtype not in dtypes:
         known = f"{'one of ' * (len(dtypes) > 1)}{names(*dtypes)}"
         raise TypeError(f"{name} must be {known}{what}, got {names(tensor.dtype)}")
@@ -264,6 +190,8 @@ def check_images(images: Tensor, settings: Settings) -> None:
                 f"mean and std must be in the units of uint8 images, 0 to 255, got {settings.mean} and {settings.std}; "
                 "multiply statistics of the range 0 to 1 by 255"
             )
+        if images.dtype == torch.uint8 and max(map(abs, settings.mean)) > 256:
+            raise ValueError(f"mean must be between -256 and 256 for uint8 images, got {settings.mean}")
     if channels * height * width >= 2**31:
         raise ValueError(f"images must have fewer than 2**31 values each, got {channels * height * width}")
 

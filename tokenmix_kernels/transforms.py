@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import as_count, as_number, as_numbers
 from .extras import require
-from .inputs import as_count, as_number, as_numbers
 from .photos import to_rgb
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, inputs
+from . import arguments, dispatch
 from .attention_inputs import AttentionMix, check_attention, check_attention_values
-from .mix import named_backend
+from .call import named_backend
 
 __all__ = ["attention_targets", "progressive_ratio"]
 
@@ -67,10 +67,10 @@ def attention_targets(
         TypeError, ValueError: an argument of a wrong type, shape or range, named in one sentence; ranges of tensors
             are checked on a CPU only.
     """
-    classes = inputs.as_count("num_classes", num_classes, 1)
-    epsilon = inputs.as_number("smoothing", smoothing, 0, 1, "in [0, 1]")
+    classes = arguments.as_count("num_classes", num_classes, 1)
+    epsilon = arguments.as_number("smoothing", smoothing, 0, 1, "in [0, 1]")
     ratios, number = (ratio, 0.0) if isinstance(ratio, Tensor) else (None, ratio)
-    number = inputs.as_number("ratio", number, 0, 1, "a share in [0, 1] or a float32 tensor [B]")
+    number = arguments.as_number("ratio", number, 0, 1, "a share in [0, 1] or a float32 tensor [B]")
     mix = AttentionMix(attention, mask, kind, lam, ratios, number)
     check_attention(mix, labels, partner)
     module = named_backend(backend, labels.device)

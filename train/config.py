@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .mixers import EVIDENCE, MIXERS, attention_ratio, check
 from .values import DATA, TIMM_DATA, checkpoint_flags, data_name, json_object
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -137,10 +138,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("mixing")
-    group.add_argument("--mixer", choices=["tokenmix", "cutmix", "mixup", "none"], default="tokenmix")
-    group.add_argument("--mask-type", choices=["block", "random"], default="block", help="of tokenmix")
     group.add_argument(
-        "--minimum-tokens", type=int, help="tokens masked beside half of them; default: a 14th of them, so 14 of 14x14"
+        "--mixer",
+        choices=list(MIXERS),
+        default="tokenmix",
+        help="a mask rule with the evidence, loss and numbers of its paper; transmix and mixpro set --evidence "
+        "attention, --no-bce-loss, --mixup, --cutmix, --mixup-switch-prob and --smoothing where you do not",
+    )
+    group.add_argument("--mask-type", choices=["block", "random", "grid"], default="block", help="of tokenmix")
+    group.add_argument(
+        "--grid-cell",
+        type=int,
+        metavar="TOKENS",
+        help="side of a cell of mixpro's grid masks (default: 4; 2 where the grid has fewer than 12 tokens a side)",
+    )
+    group.add_argument(
+        "--minimum-tokens",
+        type=int,
+        help="of tokenmix: tokens masked beside half of them (default: a 14th, so 14 of 14x14)",
     )
     group.add_argument(
         "--mixup",
@@ -163,12 +178,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
 
-    group = parser.add_argument_group("activation maps (what tells tokenmix where the evidence is)")
+    group = parser.add_argument_group("evidence (what the targets follow)")
+    group.add_argument(
+        "--evidence",
+        choices=EVIDENCE,
+        help="attention: the class token's attention in the model that is trained, no teacher needed; teacher: "
+        "activation maps that --teacher makes; maps: those of the bank --maps FILE; area: none (default: the mixer's, "
+        "else as --maps and --teacher say)",
+    )
+    group.add_argument(
+        "--attention-ratio",
+        type=attention_ratio,
+        metavar="SHARE|progressive",
+        help="of the attention in the weights, the rest is the area's; progressive: as far as the prediction agrees "
+        "with the area's targets (default: the mixer's paper's, progressive for mixpro, else 0.5)",
+    )
     group.add_argument(
         "--maps",
         default=None,
         metavar="FILE|area",
-        help="a map bank, or area for area shares; default: made by --teacher, or area without one",
+        help="a map bank, or area for area shares; with --evidence attention the bank is for the picture only "
+        "(default: made by --teacher, or area without one)",
     )
     group.add_argument("--teacher", default=None, metavar="NAME", help="timm model whose activation maps are used")
     group.add_argument(
@@ -297,6 +327,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         path = Path(f"{output}/last.pt" if first.resume == "auto" else first.resume)
         parser.set_defaults(**checkpoint_flags(parser, path))
     parser.set_defaults(**recipe)
+    mixer = parser.parse_known_args(argv)[0].mixer
+    if mixer not in MIXERS:  # of a recipe: argparse looks at the command line alone
+        parser.error(f"--mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
+    # A recipe that names the mixer has set what it wants of the mixer's numbers, another one has set another mixer's.
+    named = set(recipe) if recipe.get("mixer") == mixer else set()
+    parser.set_defaults(**{name: value for name, value in MIXERS[mixer].flags.items() if name not in named})
     args = parser.parse_args(argv)
     if args.output is None:
         args.output = default_output(args)
@@ -310,4 +346,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("mixup_off_epoch", "save_every", "max_steps", "num_workers", "threads"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
+    try:
+        check(args, given(argv))
+    except ValueError as error:
+        parser.error(str(error))
     return args
+
+
+def given(argv: Sequence[str] | None) -> dict[str, object]:
+    """The arguments that stand on the command line itself."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(argv))

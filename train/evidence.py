@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenmix_kernels import ClassAttention, TokenMix, attention_targets, progressive_ratio
+from tokenmix_kernels import ClassAttention, Mix, TokenMix, attention_targets, progressive_ratio
 
-__all__ = ["PROGRESSIVE", "AttentionEvidence"]
+from .mixers import PROGRESSIVE
 
-PROGRESSIVE = "progressive"
+__all__ = ["AttentionEvidence"]
 
 
 class AttentionEvidence:
@@ -60,13 +60,38 @@ class AttentionEvidence:
         """
         mixed, by_area, mix = self.mixer(images, labels, **mixing)
         logits = net(mixed)
-        attention = self.attention.take()
-        with torch.autocast(images.device.type, enabled=False):
-            ratio = progressive_ratio(logits, by_area) if isinstance(self.ratio, str) else self.ratio
-            targets = attention_targets(
-                attention, **mix._asdict(), num_classes=by_area.shape[1], ratio=ratio, smoothing=self.smoothing
+        return logits, self.targets(logits, by_area, mix)
+
+    def targets(self, logits: Tensor, by_area: Tensor, mix: Mix) -> Tensor:
+        """The targets of a batch after its forward pass, for steps that mix and run the model themselves.
+
+        Args:
+            logits: [B, K] of the mixed images, from the pass whose attention is read.
+            by_area: [B, K], the mixer's targets.
+            mix: the mixer's third result.
+
+        Returns:
+            [B, K] float32, part of no graph.
+
+        Raises:
+            RuntimeError: no forward pass of the model since the last call.
+        """
+        return self.targets_of(self.attention.take(), logits, by_area, mix)
+
+    def targets_of(self, attention: Tensor, logits: Tensor, by_area: Tensor, mix: Mix) -> Tensor:
+        """`targets` for an attention [B, N] that was taken already."""
+        with torch.autocast(logits.device.type, enabled=False):
+            return attention_targets(
+                attention,
+                **mix._asdict(),
+                num_classes=by_area.shape[1],
+                ratio=self.shares(logits, by_area),
+                smoothing=self.smoothing,
             )
-        return logits, targets
+
+    def shares(self, logits: Tensor, by_area: Tensor) -> float | Tensor:
+        """The attention's share in the weights: of all samples, or [B] of each."""
+        return progressive_ratio(logits, by_area) if isinstance(self.ratio, str) else self.ratio
 
     def describe(self) -> str:
         """One phrase for the head of a run."""

@@ -222,7 +222,7 @@ def describe(run: Run) -> str:
     return (
         f"{args.model}, {weights / 1e6:.2f} M weights, on {run.data.describe()}\n"
         f"{args.epochs} epochs of {run.steps_per_epoch()} steps of {args.batch_size} images{processes}, "
-        f"device {run.device}\nmixer {args.mixer}, targets from {run.evidence.describe()}"
+        f"device {run.device}\nmixer {args.mixer}, targets from {run.evidence_name()}"
     )
 
 

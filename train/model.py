@@ -13,6 +13,8 @@ from tokenmix_kernels import TokenMix
 from tokenmix_kernels.maps.weights import read_tensors, weights_of
 
 from .data import Data
+from .evidence import AttentionEvidence
+from .mixers import MIXERS, cell_of, ratio_of
 
 
 def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
@@ -91,15 +93,19 @@ def make_mixer(args: argparse.Namespace, data: Data, model: nn.Module) -> TokenM
     """TokenMix as --mixer and DeiT's flags say, on the model's tokens; it also normalises the uint8 images."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     patch_size = args.patch_size or (patch[0] if patch else 16)
-    alphas: dict[str, Any] = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix}
-    masks: dict[str, Any] = {"mask_type": args.mask_type, "minimum_tokens": args.minimum_tokens}
-    if args.mixer == "cutmix":
-        alphas = {"mixup_alpha": 0.0, "cutmix_alpha": args.cutmix, "cutmix_minmax": args.cutmix_minmax}
-        masks = {"mask_type": "cutmix", "lam": "beta"}
-    elif args.mixer == "mixup":
-        alphas = {"mixup_alpha": args.mixup, "cutmix_alpha": 0.0}
+    recipe = MIXERS[args.mixer]
+    masks: dict[str, Any] = {"mask_type": recipe.mask_type or args.mask_type, "lam": recipe.lam}
+    if recipe.mask_type is None:
+        masks["minimum_tokens"] = args.minimum_tokens
+    if masks["mask_type"] == "cutmix":
+        masks["cutmix_minmax"] = args.cutmix_minmax
+    if masks["mask_type"] == "grid":
+        masks["grid_cell"] = cell_of(args, args.input_size // patch_size)
+    alphas = (args.mixup if recipe.mixup else 0.0, args.cutmix if recipe.masks else 0.0)
+    if args.mixer == "none":
+        alphas = (0.0, 1.0)  # nothing is drawn from it
     mix = TokenMix(
-        **alphas,
+        *alphas,
         **masks,
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
@@ -110,6 +116,28 @@ def make_mixer(args: argparse.Namespace, data: Data, model: nn.Module) -> TokenM
         mean=[255 * value for value in data.mean],
         std=[255 * value for value in data.std],
         out_dtype=torch.bfloat16 if args.amp else torch.float32,
+        return_mix=args.evidence == "attention",
     )
     mix.mixup_enabled = args.mixer != "none"
     return mix
+
+
+def make_attention(args: argparse.Namespace, model: nn.Module, mix: TokenMix) -> AttentionEvidence | None:
+    """The attention that --evidence attention reads from the model; None for other evidence.
+
+    Raises:
+        ValueError: the model has no attention that can be read, or not on the mixer's tokens.
+    """
+    if args.evidence != "attention":
+        return None
+    try:
+        attention = AttentionEvidence(model, mix, ratio_of(args))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--evidence attention: {error}") from error
+    own = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if own and args.patch_size not in (0, own[0]):
+        raise ValueError(
+            f"--evidence attention reads one value for each token of the model, of {own[0]} pixels: leave out "
+            f"--patch-size {args.patch_size}"
+        )
+    return attention

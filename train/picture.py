@@ -1,100 +1,28 @@
 """A picture of what the run's mixer does: images, evidence, masks, mixes and targets."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tokenmix_kernels import TopKMaps, dispatch
-from tokenmix_kernels.inputs import Evidence, Result
-from tokenmix_kernels.reference import pool_tokens
+from tokenmix_kernels.inputs import Evidence
 from tokenmix_kernels.settings import COPY, MASK_RULES, MIXUP, Settings
 
 from .data import Batch, to_device
+from .examples import Example, as_evidence, pick_examples, token_evidence
+from .teacher import cached_maps
 
 if TYPE_CHECKING:
     from .run import Run
 
 OWN, PARTNER, INK = "#2b6cb0", "#dd6b20", "#222222"
 COLUMNS = ("image", "its evidence", "partner", "its evidence", "mask", "mixed image", "weights and target")
-
-
-class Example(NamedTuple):
-    """One sample as the run's mixer mixes it.
-
-    Attributes:
-        own, partner: places of the two images in the batch.
-        mixed: [3, H, W] float32 in [0, 1].
-        kind: COPY, MIXUP or the kind of a mask rule.
-        taken: [Gh, Gw] float32, share of each token that comes from the partner.
-        weights: of the own label and the partner's.
-        targets: what the target holds for the two labels.
-    """
-
-    own: int
-    partner: int
-    mixed: Tensor
-    kind: int
-    taken: Tensor
-    weights: tuple[float, float]
-    targets: tuple[float, float]
-
-    def areas(self) -> tuple[float, float]:
-        """What the weights would be by area."""
-        taken = float(self.taken.mean())
-        return 1 - taken, taken
-
-
-def mix_as_run(run: "Run", batch: Batch, evidence: Evidence, seed: int) -> tuple[Tensor, Result]:
-    """Mix a batch with the settings of the run's mixer, without normalising it.
-
-    Args:
-        run: its mixer is used.
-        batch: on the run's device.
-        evidence: of the batch.
-        seed: key of the draws.
-
-    Returns:
-        (images [B, 3, S, S] float32 in [0, 1]; targets, mask as shares of tokens, weights and kinds).
-    """
-    mix = run.mix
-    settings = mix.settings if mix.mixup_enabled else mix.unmixed
-    images = batch.images.float() / 255
-    mixed = torch.empty_like(images)
-    result = dispatch.mix_into(
-        dispatch.backend_of(images), images, mixed, batch.labels, None, evidence, None,
-        torch.tensor(seed), 0, settings._replace(mean=(), std=(), shares=True),
-    )  # fmt: skip
-    return mixed, result
-
-
-def pick_examples(run: "Run", batch: Batch, evidence: Evidence, rows: int) -> list[Example]:
-    """Of each of `rows` draws the sample whose weights differ most from the shares of the area."""
-    examples: list[Example] = []
-    labels = batch.labels.tolist()
-    for seed in range(run.args.seed, run.args.seed + rows):
-        mixed, result = mix_as_run(run, batch, evidence, seed)
-        targets, taken, weights = result.targets.cpu(), result.mask.cpu().clone(), result.weights.cpu()
-        kinds = result.kind.tolist()
-        blended = torch.tensor([kind == MIXUP for kind in kinds])
-        taken[blended] = weights[blended, 1][:, None, None]  # all of it, by as much as lam says
-        area = taken.mean((1, 2))
-        difference = (weights - torch.stack([1 - area, area], 1)).abs().sum(1)
-        count = len(labels)
-        seen = {example.own for example in examples}
-        # Pairs of two classes before pairs of one, images that were not shown yet before others.
-        best = max(
-            range(count), key=lambda i: (labels[i] != labels[count - 1 - i], i not in seen, float(difference[i]))
-        )
-        other = count - 1 - best
-        pair = (float(targets[best, labels[best]]), float(targets[best, labels[other]]))
-        own, partner = weights[best].tolist()
-        examples.append(Example(best, other, mixed[best].cpu(), kinds[best], taken[best], (own, partner), pair))
-    return examples
+LIVE_COLUMNS = ("image", "partner", "mask", "mixed image", "the model's attention", "weights and target")
+WEIGHTS = ("is the share of the evidence that the mix shows", "lies between area and attention")
+TEACHER_COLUMN = "the teacher's maps"  # beside the attention, where there are any
 
 
 def title_of(example: Example, settings: Settings) -> str:
@@ -120,27 +48,40 @@ def mix_picture(run: "Run", path: Path, rows: int = 6) -> Path:
     """
     batch = to_device(run.loader.preview(max(rows, run.args.batch_size)), run.device)
     evidence = as_evidence(run.evidence(batch))
-    figure = draw_figure(run, batch, evidence, pick_examples(run, batch, evidence, rows))
+    examples = pick_examples(run, batch, evidence, rows)
+    if run.attention and (maps := cached_maps(run.args, run.data, run.device)):
+        evidence = as_evidence(maps(batch))
+    figure = draw_figure(run, batch, evidence, examples)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
 
 
 def draw_figure(run: "Run", batch: Batch, evidence: Evidence, examples: list[Example]) -> Figure:
-    """A row of axes for each example."""
+    """A row of axes for each example.
+
+    Args:
+        run: names and settings are taken from it.
+        batch: that the examples were picked from.
+        evidence: of the batch; with --evidence attention the teacher's maps to compare with, if there are any.
+        examples: of `pick_examples`.
+    """
     data, settings = run.data, run.mix.settings
+    columns: tuple[str, ...] = COLUMNS
+    if run.attention:
+        columns = LIVE_COLUMNS if evidence.maps is None else (*LIVE_COLUMNS[:-1], TEACHER_COLUMN, LIVE_COLUMNS[-1])
     grid = (examples[0].taken.shape[0], examples[0].taken.shape[1])
     maps = token_evidence(evidence, batch.labels, grid)
     images = to_pixels(batch.images.float() / 255)
     names = [data.classes[int(label)] for label in batch.labels]
-    figure = Figure(figsize=(15.5, 2.05 * len(examples) + 1.75), facecolor="white")
+    figure = Figure(figsize=(2 * len(columns) + 1.5, 2.05 * len(examples) + 1.75), facecolor="white")
     top, bottom = 1 - 1.3 / figure.get_figheight(), 0.45 / figure.get_figheight()
     axes = figure.subplots(
         len(examples),
-        len(COLUMNS),
+        len(columns),
         squeeze=False,
         gridspec_kw={
-            "width_ratios": [1, 1, 1, 1, 1, 1, 1.75],
+            "width_ratios": [*[1] * (len(columns) - 1), 1.75],
             "left": 0.012,
             "right": 0.988,
             "top": top,
@@ -149,7 +90,7 @@ def draw_figure(run: "Run", batch: Batch, evidence: Evidence, examples: list[Exa
             "hspace": 0.26,
         },
     )
-    for column, title in enumerate(COLUMNS):
+    for column, title in enumerate(columns):
         box = axes[0, column].get_position()
         figure.text(
             (box.x0 + box.x1) / 2,
@@ -165,15 +106,27 @@ def draw_figure(run: "Run", batch: Batch, evidence: Evidence, examples: list[Exa
     for line, example in zip(axes, examples, strict=True):
         i, j, taken = example.own, example.partner, example.taken.numpy()
         tokens = example.kind in rules and rules[example.kind].whole_tokens
+        mixed = to_pixels(example.mixed[None])[0]
         draw_image(line[0], images[i], names[i], OWN)
-        draw_evidence(line[1], images[i], maps[i].numpy(), 1 - taken, OWN, tokens)
-        draw_image(line[2], images[j], names[j], PARTNER)
-        draw_evidence(line[3], images[j], maps[j].numpy(), taken, PARTNER, tokens)
-        draw_mask(line[4], taken, title_of(example, settings))
-        draw_image(line[5], to_pixels(example.mixed[None])[0], "", INK)
+        if run.attention:
+            draw_image(line[1], images[j], names[j], PARTNER)
+            shown = line[2:4]
+        else:
+            draw_evidence(line[1], images[i], maps[i].numpy(), 1 - taken, OWN, tokens)
+            draw_image(line[2], images[j], names[j], PARTNER)
+            draw_evidence(line[3], images[j], maps[j].numpy(), taken, PARTNER, tokens)
+            shown = line[4:6]
+        draw_mask(shown[0], taken, title_of(example, settings))
+        draw_image(shown[1], mixed, "", INK)
         if tokens:
-            draw_outline(line[5], taken, settings.patch_size)
-        draw_weights(line[6], example, names[i], names[j])
+            draw_outline(shown[1], taken, settings.patch_size)
+        bars = [("area", example.areas())]
+        if example.attention is not None:
+            bars.append(("attention", draw_shares(line[4], mixed, example.attention.numpy(), taken, tokens)))
+            if evidence.maps is not None:
+                both = (1 - taken) * maps[i].numpy() + taken * maps[j].numpy()
+                bars.append(("teacher", draw_shares(line[5], mixed, both, taken, tokens)))
+        draw_weights(line[-1], example, bars, names[i], names[j])
     figure.text(
         0.012,
         1 - 0.3 / figure.get_figheight(),
@@ -187,8 +140,8 @@ def draw_figure(run: "Run", batch: Batch, evidence: Evidence, examples: list[Exa
     figure.text(
         0.012,
         1 - 0.57 / figure.get_figheight(),
-        f"{data.name}, evidence from {run.evidence.describe().split(' (')[0]}.  Blue: the image and its label.  "
-        f"Orange: its partner.  A weight is the share of the evidence that the mix shows; where it blends, lam.",
+        f"{data.name}, evidence from {run.evidence_name().split(' (')[0]}.  Blue: the image and its label.  "
+        f"Orange: its partner.  A weight {WEIGHTS[run.attention is not None]}; where it blends, lam.",
         ha="left",
         va="center",
         fontsize=9.5,
@@ -211,31 +164,13 @@ def headline(run: "Run") -> str:
     """The head of the picture: what the run's targets follow."""
     if run.args.mixer == "none":
         return "Images are not mixed"
+    if run.attention:
+        return "Targets follow the attention of the model that is trained"
     return (
         "Targets follow the area"
         if run.evidence.describe() == "area shares"
         else "Targets follow the evidence, not the area"
     )
-
-
-def as_evidence(places: dict[str, Any]) -> Evidence:
-    """What the run's evidence gives a TokenMix, as the core has it."""
-    maps = places.get("maps")
-    values, indices = maps if isinstance(maps, TopKMaps) else (maps, None)
-    return Evidence(**{**places, "maps": values, "indices": indices})
-
-
-def token_evidence(evidence: Evidence, labels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The maps on the token grid as the targets see them, each summing to 1, [B, Gh, Gw] on the CPU.
-
-    An image without evidence counts by its area.
-    """
-    even = torch.full((len(labels), *grid), 1 / (grid[0] * grid[1]))
-    if evidence.maps is None:
-        return even
-    pooled = pool_tokens(evidence, labels.cpu(), grid)
-    total = pooled.sum((1, 2), keepdim=True)
-    return torch.where(total > 0, pooled / (total + 1e-8), even).float()
 
 
 def to_pixels(images: Tensor) -> np.ndarray[Any, Any]:
@@ -279,6 +214,30 @@ def draw_evidence(
     draw_frame(axis)
 
 
+def draw_shares(
+    axis: Any, image: np.ndarray[Any, Any], evidence: np.ndarray[Any, Any], taken: np.ndarray[Any, Any], outlined: bool
+) -> tuple[float, float]:
+    """Evidence over the mixed image; returns own and partner's share of it, which the title says too."""
+    height, width = image.shape[:2]
+    strength = evidence / max(float(evidence.max()), 1e-12)
+    axis.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=1)
+    axis.imshow(
+        strength,
+        cmap="inferno",
+        alpha=0.3 + 0.6 * strength,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        interpolation="nearest",
+        vmin=0,
+        vmax=1,
+    )
+    if outlined:
+        draw_outline(axis, taken, width // taken.shape[1])
+    partner = float((evidence * taken).sum() / max(float(evidence.sum()), 1e-12))
+    axis.set_title(f"{1 - partner:.0%} own, {partner:.0%} partner's", fontsize=9, color=INK, pad=3)
+    draw_frame(axis)
+    return 1 - partner, partner
+
+
 def draw_mask(axis: Any, taken: np.ndarray[Any, Any], title: str) -> None:
     colours = LinearSegmentedColormap.from_list("sides", [OWN, PARTNER])
     axis.imshow(taken, cmap=colours, vmin=0, vmax=1, alpha=0.85)
@@ -301,10 +260,13 @@ def draw_outline(axis: Any, mask: np.ndarray[Any, Any], patch: int, colour: str 
         axis.plot([(x + 1) * patch - 0.5] * 2, [y * patch - 0.5, (y + 1) * patch - 0.5], color=colour, lw=1.1)
 
 
-def draw_weights(axis: Any, example: Example, own: str, other: str) -> None:
-    """Two bars, own and partner's share: by area, and the weights; and the target that follows from the weights."""
-    for y, (name, (a, b)) in enumerate([("area", example.areas()), ("weights", example.weights)]):
-        faded = 0.35 if name == "area" else 1.0
+def draw_weights(
+    axis: Any, example: Example, shares: list[tuple[str, tuple[float, float]]], own: str, other: str
+) -> None:
+    """Bars of own and partner's share: by `shares`, and the weights; and the target that follows from the weights."""
+    bars = [*shares, ("weights", example.weights)]
+    for y, (name, (a, b)) in enumerate(bars):
+        faded = 1.0 if name == "weights" else 0.35
         axis.barh(y, a, color=OWN, alpha=faded, height=0.62)
         axis.barh(y, b, left=a, color=PARTNER, alpha=faded, height=0.62)
         for start, share in ((0.0, a), (a, b)):
@@ -320,8 +282,8 @@ def draw_weights(axis: Any, example: Example, own: str, other: str) -> None:
                     weight="bold" if faded == 1 else "normal",
                 )
         axis.text(-0.03, y, name, ha="right", va="center", fontsize=9, color=INK)
-    axis.set(xlim=(-0.42, max(1.35, sum(example.weights) + 0.05)), ylim=(1.75, -0.75))
-    axis.plot([1, 1], [-0.45, 1.45], color="#999999", lw=0.8, ls=":")
+    axis.set(xlim=(-0.42, max(1.35, sum(example.weights) + 0.05)), ylim=(len(bars) - 0.25, -0.75))
+    axis.plot([1, 1], [-0.45, len(bars) - 0.55], color="#999999", lw=0.8, ls=":")
     axis.set_title(
         f"target  {example.targets[0]:.2f} {own}   {example.targets[1]:.2f} {other}", fontsize=9.5, color=INK, pad=3
     )

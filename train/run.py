@@ -20,7 +20,8 @@ from tokenmix_kernels import TokenMix
 from . import checkpoint
 from .data import Data, EpochLoader, load_data
 from .device import start_processes
-from .model import make_mixer, make_model
+from .evidence import AttentionEvidence
+from .model import make_attention, make_mixer, make_model
 from .teacher import Evidence, make_evidence
 
 # Optimisers of torch that leave weights and moments alone, on the device, where found_inf is set.
@@ -50,7 +51,8 @@ class Run:
     device: torch.device
     data: Data
     loader: EpochLoader
-    evidence: Evidence
+    evidence: Evidence  # that the mixer is given
+    attention: AttentionEvidence | None  # in place of it, with --evidence attention
     mix: TokenMix
     model: nn.Module  # the weights
     net: nn.Module  # the same, compiled and wrapped as asked
@@ -63,6 +65,10 @@ class Run:
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.args.amp else nullcontext()
+
+    def evidence_name(self) -> str:
+        """One phrase: what the targets follow."""
+        return (self.attention or self.evidence).describe()
 
     def steps_per_epoch(self) -> int:
         steps = self.loader.steps
@@ -100,6 +106,8 @@ def build(args: argparse.Namespace) -> Run:
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=memory_format)
 
+    mix = make_mixer(args, data, model)
+    attention = make_attention(args, model, mix)
     evidence = make_evidence(args, data, device, rank)
     try:
         loader = EpochLoader(data, args, rank, world)
@@ -150,7 +158,8 @@ def build(args: argparse.Namespace) -> Run:
         data,
         loader,
         evidence,
-        make_mixer(args, data, model),
+        attention,
+        mix,
         model,
         net,
         ema,

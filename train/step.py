@@ -26,11 +26,17 @@ def set_mixing(run: Run, epoch: int) -> None:
 def forward(run: Run, batch: Batch, seed: int, timer: StepTimer | None = None, rank: int | None = None) -> Tensor:
     """The loss of a batch that is on the device, mixed with the masks of (seed, rank)."""
     offset = (run.rank if rank is None else rank) * run.args.batch_size
-    images, targets = run.mix(batch.images, batch.labels, **run.evidence(batch), seed=seed, sample_offset=offset)
+    images, targets, *mix = run.mix(batch.images, batch.labels, **run.evidence(batch), seed=seed, sample_offset=offset)
     if timer:
         timer.mark("mixing")
     with run.autocast():
         logits = run.net(images)
+    if run.attention:
+        if timer:
+            timer.mark("forward")
+        targets = run.attention.targets(logits, targets, mix[0])
+        if timer:
+            timer.mark("mixing")
     loss: Tensor = run.criterion(logits.float(), targets)
     if timer:
         timer.mark("forward")

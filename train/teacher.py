@@ -22,8 +22,8 @@ from tokenmix_kernels.maps.teacher import ActivationTeacher, load_teacher
 
 from . import checkpoint
 from .data import Batch, Data, checked_batches, make_loader
+from .mixers import LITE0, evidence_of, teacher_of
 
-LITE0 = "tf_efficientnet_lite0"
 LITE0_MEAN, LITE0_STD = (127 / 255,) * 3, (128 / 255,) * 3  # its input is (x - 127) / 128
 # Weight of the squared norm in the linear probe; the best of 1e-4 ... 1e-1 on elpv.
 PROBE_DECAY = 0.01
@@ -81,20 +81,25 @@ class OnlineEvidence(Evidence):
 
 
 def make_evidence(args: argparse.Namespace, data: Data, device: torch.device, rank: int) -> Evidence:
-    """The evidence that --maps, --teacher and --online ask for; makes what is not in the cache yet.
+    """The evidence that --evidence, --maps, --teacher and --online ask for; makes what is not in the cache yet.
+
+    The model's own attention is no such evidence: what the mixer is given then is none, and its targets are by area.
 
     Raises:
         ValueError: the maps are those of another data set, the teacher does not know its classes, or maps
             would have to be kept for images without ids.
     """
     warped = args.aa != "none"
-    # CutMix is by area, unless a teacher or a bank is asked for.
-    name = args.teacher or (LITE0 if args.data == "elpv" and args.mixer == "tokenmix" else None)
-    if args.mixer in ("none", "mixup") or args.maps == "area" or (args.maps is None and name is None):
+    source = evidence_of(args)
+    if source in ("area", "attention"):
+        if args.maps not in (None, "area"):
+            need_index(args, data)
+            open_bank(Path(args.maps), data, torch.device("cpu"), warped)  # the picture's: refused now, not at the end
         return Evidence()
-    if args.maps is not None:
+    if source == "maps":
         need_index(args, data)
         return open_bank(Path(args.maps), data, device, warped)
+    name = teacher_of(args)
     assert name is not None
     if not args.online or args.probe:
         need_index(args, data)
@@ -135,6 +140,26 @@ def open_bank(path: Path, data: Data, device: torch.device, warped: bool) -> Ban
     return BankEvidence(bank, warped)
 
 
+def cached_maps(args: argparse.Namespace, data: Data, device: torch.device) -> BankEvidence | None:
+    """Maps of a teacher to compare with: the bank --maps, or the newest one of this data in the cache, if there is any.
+
+    Raises:
+        ValueError: --maps is a bank of another data set.
+    """
+    warped = args.aa != "none"
+    if args.maps not in (None, "area"):
+        return open_bank(Path(args.maps), data, device, warped)
+    if data.stream or not data.labels:
+        return None
+    banks = Path(args.cache).glob(f"{Path(data.name).name}-*.bank")
+    for path in sorted(banks, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            return open_bank(path, data, device, warped)
+        except ValueError:
+            continue  # of other images, or not finished yet
+    return None
+
+
 class Teacher(NamedTuple):
     """A teacher that knows the data's classes, and where its maps of the training images are kept."""
 
@@ -161,7 +186,7 @@ def make_teacher(args: argparse.Namespace, data: Data, device: torch.device) -> 
     Raises:
         ValueError: no teacher is named, or it does not know the data's classes.
     """
-    name = args.teacher or (LITE0 if args.data == "elpv" else None)
+    name = teacher_of(args)
     if name is None:
         raise ValueError("--teacher must name a timm model")
     need_index(args, data)

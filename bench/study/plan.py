@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from train.config import parse
 
-__all__ = ["Plan", "Spec", "load_plan"]
+__all__ = ["DEFAULT", "Plan", "Spec", "load_plan"]
 
 DEFAULT = Path(__file__).parent / "plan.json"
 
@@ -57,8 +57,8 @@ def load_plan(path: Path) -> Plan:
 
     The file is JSON: `flags` (of every run), `mixers` and `models` (name to flags), `holdout`, and `runs`, a list of
     blocks with `label_fraction`, `epochs`, `seeds`, and optionally `model` (default: the first) and `mixers` (default:
-    all). Blocks run in order, in a block seed by seed, and for each seed all mixers. Keys that begin with "_" are
-    comments.
+    the plan's `default_mixers`, or all). Blocks run in order, in a block seed by seed, and for each seed all mixers.
+    Keys that begin with "_" are comments.
 
     Raises:
         ValueError: the file is missing, is not such a plan, has no runs, lists a run twice, or has flags that
@@ -102,7 +102,7 @@ def expand(content: dict[str, Any]) -> list[Spec]:
     for block in content["runs"]:
         model = block.get("model", next(iter(content["models"])))
         for seed in block["seeds"]:
-            for mixer in block.get("mixers", content["mixers"]):
+            for mixer in block.get("mixers", content.get("default_mixers", content["mixers"])):
                 flags = [
                     *content["flags"],
                     *content["models"][model],

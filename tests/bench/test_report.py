@@ -75,13 +75,9 @@ def test_a_table_says_what_misses_its_bar() -> None:
         report.table({"kind": "other"})
 
 
-@pytest.mark.parametrize("name", ["mixers", "study"])
-def test_the_trainer_s_results_are_tables_too(name: str) -> None:
-    record = json.loads((ROOT / report.SOURCES[name]).read_text())
+def test_the_trainer_s_results_are_a_table_too() -> None:
+    record = json.loads((ROOT / report.SOURCES["mixers"]).read_text())
     lines = report.table(record).splitlines()
-    for one in record["mixers"] if name == "mixers" else record["runs"]:
-        line = next(line for line in lines if line.startswith(f"| {one} |"))
-        if name == "study":
-            tops = [run["top1"] for run in record["runs"][one]]
-            assert f"| {sum(tops) / len(tops):.1f} ±" in line
+    for one in record["mixers"]:
+        assert any(line.startswith(f"| {one} |") for line in lines)
     assert record["command"] in lines[-1]

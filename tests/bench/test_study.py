@@ -17,10 +17,11 @@ from train_helpers import make_folder, tiny
 from bench.study import runner, worker
 from bench.study.__main__ import main
 from bench.study.measure import evidence_first, replace_tokens, scores
-from bench.study.plan import Plan, Spec, load_plan
+from bench.study.plan import DEFAULT, Plan, Spec, load_plan
 from bench.study.report import page, write_report
 from bench.study.summary import interval, load_summary, summarise
 from train import checkpoint, loop
+from train.config import parse
 
 ROOT = Path(__file__).parents[2]
 LABELS = [0, 1, 1, 0]
@@ -117,6 +118,24 @@ def test_a_wrong_plan_gets_one_sentence_before_any_run(
     printed = capsys.readouterr().err.strip()
     assert printed.startswith(f"study: error: --plan {tmp_path / 'plan.json'}") and sentence in printed
     assert "\n" not in printed and not (tmp_path / "results").exists()
+
+
+def test_blocks_without_mixers_have_the_plans_default_ones(tmp_path: Path) -> None:
+    blocks = [BLOCKS[1], {**BLOCKS[1], "mixers": ["CutMix"]}]
+    plan = make_plan(tmp_path, default_mixers=["none", "Mixup"], runs=blocks)
+    assert [spec.mixer for spec in plan.specs] == ["none", "Mixup", "CutMix"]
+    assert plan.mixers == ("none", "Mixup", "CutMix")
+
+
+def test_mixers_by_attention_are_the_last_runs_of_the_study() -> None:
+    plan = load_plan(DEFAULT)
+    later = [spec for spec in plan.specs if spec.mixer in ("TransMix", "MixPro", "TokenMix, attention")]
+    assert len(later) == 9 and later == list(plan.specs[-9:])
+    assert {spec.setting for spec in later} == {("small", 0.1, 300)} and {spec.seed for spec in later} == {0, 1, 2}
+    for spec in later:
+        args = parse(list(spec.flags))
+        # Other mixers of the study differ in masks and evidence only.
+        assert (args.evidence, args.bce_loss, args.smoothing, args.mixup) == ("attention", True, 0.1, 0)
 
 
 @pytest.fixture(autouse=True)

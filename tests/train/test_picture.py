@@ -9,7 +9,8 @@ from train_helpers import make_bank, make_folder, tiny
 
 from tokenmix_kernels.settings import COPY, MASK_RULES, MIXUP
 from train.config import parse
-from train.picture import as_evidence, draw_figure, mix_as_run, mix_picture, pick_examples, token_evidence
+from train.examples import as_evidence, mix_as_run, pick_examples, token_evidence
+from train.picture import draw_figure, mix_picture
 from train.run import Run, build
 
 MIXERS = {

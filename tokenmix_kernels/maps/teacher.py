@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..inputs import as_numbers
+from ..arguments import as_numbers
 from .weights import load_teacher, weights_of
 
 __all__ = ["ActivationTeacher", "load_teacher", "weights_of"]

@@ -16,8 +16,8 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, nn
 
+from ..arguments import as_count
 from ..extras import require
-from ..inputs import as_count
 
 __all__ = ["load_teacher", "read_tensors", "weights_of"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...inputs import as_count, as_number
+from ...arguments import as_count, as_number
 
 __all__ = ["as_grid", "as_ids", "as_labels", "as_metadata", "as_seconds", "check_maps", "check_sizes"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...inputs import as_count
+from ...arguments import as_count
 from . import checks, layout
 from .files import begin, open_unfinished, remove_leftovers
 from .lock import WriterLock

@@ -1,16 +1,21 @@
 """A bounded part of the random mixes: `python -m tests.fuzz` goes on where this ends."""
 
 import pytest
+from device_helpers import missing
 from fuzz import difference, some_case
+
+if missing("interpreter") and missing("gpu"):
+    pytest.skip(f"{missing('interpreter')}, or {missing('gpu')}", allow_module_level=True)
 
 CASES = 120
 
 
+@pytest.mark.devices("interpreter", "gpu")
 @pytest.mark.parametrize("start", range(0, CASES, 20))
-def test_random_mixes_equal_the_references(start):
+def test_random_mixes_equal_the_references(device, start):
     for number in range(start, start + 20):
         case = some_case(number)
-        assert difference(case) is None, f"case {number}: {case.describe()}"
+        assert difference(case, device.home) is None, f"case {number}: {case.describe()}"
 
 
 def test_the_cases_reach_every_kind_of_mix():

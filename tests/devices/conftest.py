@@ -1,0 +1,36 @@
+"""One matrix of cases over devices; `device` is each of those that this process has.
+
+Triton decides at its import whether it interprets: `TRITON_INTERPRET=1 python -m pytest tests/devices` is the
+interpreter's process, any other process has the reference and, where there is one, the GPU.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from device_helpers import DEVICES, Device, missing
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make no items for a device that is not there: `test_the_matrix_runs_on` says once why it is not."""
+    if "device" not in metafunc.fixturenames:
+        return
+    mark = metafunc.definition.get_closest_marker("devices")
+    wanted = mark.args if mark else tuple(DEVICES)
+    marks = {name: [pytest.mark.gpu] if name == "gpu" else [] for name in wanted}
+    here = [pytest.param(name, marks=marks[name]) for name in wanted if missing(name) is None]
+    nowhere = pytest.mark.skip(reason=", or ".join(filter(None, map(missing, wanted))))
+    metafunc.parametrize("device", here or [pytest.param(wanted[0], marks=nowhere)], indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Device:
+    return DEVICES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory that is not written reads as NaN, as the largest integer, or as True."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
