@@ -21,7 +21,7 @@ FUNCTIONS = {
                                            "pool_targets", "fixed_part", "normalisation", "address_alignment"},
     "tokenmix_kernels/kernels/attention.py": {"attention_targets", "attention_arguments"},
     "tokenmix_kernels/tables.py": {"device_table"},
-    "tokenmix_kernels/mix.py": {"form_of"},
+    "tokenmix_kernels/call.py": {"form_of"},
     "bench/gpu.py": {"real_clock", "peak", "main", "cold", "kernel", "host", "name_of"},
     "bench/model.py": {"warm_clock", "compare", "variants", "warm"},
     "bench/sweep.py": {"sweep", "candidates"},

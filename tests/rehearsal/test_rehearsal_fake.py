@@ -29,11 +29,19 @@ def test_the_parts() -> None:
     with FakeTensorMode():
         labels = torch.zeros(BATCH, dtype=torch.int64, device=CUDA)
         mask = token_mask(BATCH, (4, 6), device=CUDA)
-        maps = TopKMaps(torch.rand(BATCH, 3, 7, 9, device=CUDA), torch.zeros(BATCH, 3, 7, 9, dtype=torch.int64).to(CUDA))
+        maps = TopKMaps(
+            torch.rand(BATCH, 3, 7, 9, device=CUDA), torch.zeros(BATCH, 3, 7, 9, dtype=torch.int64).to(CUDA)
+        )
         weights = pool_targets(maps, labels, mask)
         attention = torch.rand(BATCH, 24, device=CUDA)
         targets = attention_targets(attention, mask, labels, num_classes=CLASSES)
         images = torch.zeros(BATCH, 3, 32, 48, dtype=torch.uint8, device=CUDA)
-        mixed, soft = TokenMix(num_classes=CLASSES, patch_size=8, mean=(1,), std=(2,))(images, labels)
-    for tensor, shape in ((mask, [6, 4, 6]), (weights, [6, 2]), (targets, [6, 5]), (soft, [6, 5]), (mixed, [6, 3, 32, 48])):
+        mixed, soft = TokenMix(num_classes=CLASSES, patch_size=8, mean=(1, 1, 1), std=(2, 2, 2))(images, labels)
+    for tensor, shape in (
+        (mask, [6, 4, 6]),
+        (weights, [6, 2]),
+        (targets, [6, 5]),
+        (soft, [6, 5]),
+        (mixed, [6, 3, 32, 48]),
+    ):
         assert (list(tensor.shape), tensor.device) == (shape, CUDA)
