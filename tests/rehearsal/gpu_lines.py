@@ -26,6 +26,10 @@ FUNCTIONS = {
     "bench/model.py": {"warm_clock", "compare", "variants", "warm"},
     "bench/sweep.py": {"sweep", "candidates"},
 }  # fmt: skip
+ABSENT = (
+    "not images.is_cuda", "not maps.is_cuda", "not labels.is_cuda", "not self.cuda", "!= 'cuda'",
+    "not torch.cuda.is_available()", "not in ('cpu', 'cuda",
+)  # fmt: skip
 WORDS = ("cuda", "is_cuda", "at_once")
 
 
@@ -35,13 +39,10 @@ def names_gpu(test: ast.expr) -> bool:
     return any(word in text for word in WORDS)
 
 
-def holds_on_gpu(test: ast.expr) -> bool | None:
-    """What a condition that asks for a GPU is where there is one; None where it depends on more."""
+def holds_on_gpu(test: ast.expr) -> bool:
+    """Whether a condition that asks for a GPU holds where there is one."""
     text = ast.unparse(test)
-    if any(sign in text for sign in ("not images.is_cuda", "not maps.is_cuda", "not labels.is_cuda", "not self.cuda",
-                                     "!= 'cuda'", "not torch.cuda.is_available()", "not in ('cpu', 'cuda")):  # fmt: skip
-        return False
-    return True
+    return not any(sign in text for sign in ABSENT)
 
 
 def lines_of(nodes: list[ast.stmt]) -> Iterator[int]:

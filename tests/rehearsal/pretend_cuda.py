@@ -144,6 +144,10 @@ def set_device(device: Any) -> None:
     state().current = index_of(device)
 
 
+def set_sync_debug_mode(mode: str) -> None:
+    state().forbidden = mode == "error"
+
+
 def cuda_functions(devices: int) -> dict[str, Any]:
     """The functions and classes of torch.cuda by name."""
     memory = {"memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"}
@@ -160,6 +164,7 @@ def cuda_functions(devices: int) -> dict[str, Any]:
         "is_bf16_supported": lambda *_: True,
         "is_current_stream_capturing": lambda: state().capturing is not None,
         "synchronize": synchronize,
+        "set_sync_debug_mode": set_sync_debug_mode,
         "Event": Event,
         "Stream": Stream,
         "stream": lambda stream: nullcontext(),
