@@ -65,13 +65,16 @@ def as_grid(value: Any) -> tuple[int, int]:
 
 
 def as_device(value: Any) -> torch.device:
-    """A device from one or its name."""
+    """A device from one or its name; 'cuda' is the current one, with its index, as tensors on it have it."""
     try:
         if not isinstance(value, (str, torch.device)):
             raise TypeError
-        return torch.device(value)
+        device = torch.device(value)
     except (TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"device must be a torch.device or its name, got {shown(value)}") from error
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def as_offset(value: Any) -> Any:

@@ -107,7 +107,9 @@ def as_seed(seed: int | Tensor | None, generator: torch.Generator | None, device
         drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device=generator.device, generator=generator)
         worker = get_worker_info()
         return drawn if worker is None else drawn ^ (worker.seed & (2**62 - 1))
-    in_graph = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    # Without a driver, where CUDA tensors are fake, asking for the stream is an error.
+    captured = device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    in_graph = torch.compiler.is_compiling() or captured
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device if in_graph else "cpu")
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from tokenmix_kernels import TokenMix, naive
 
+from .device import choose_device
 from .files import write_lines
 
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -143,8 +144,7 @@ def profile_mixers(args: argparse.Namespace) -> dict[str, Any]:
 
     Images are random: reading and augmenting them is the same for all mixers and is left out.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    device = torch.device(name)
+    device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     rounds = args.max_steps or 20

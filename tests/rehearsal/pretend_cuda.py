@@ -18,7 +18,7 @@ from pretend_tensor import NOW, FunctionMode, PretendTensor, State, held, state
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from tokenmix_kernels import kernels, mix, reference
+from tokenmix_kernels import call, kernels, reference
 from tokenmix_kernels.kernels import attention, launch
 
 __all__ = ["data_parallel", "pretended_gpus"]
@@ -144,12 +144,17 @@ def set_device(device: Any) -> None:
     state().current = index_of(device)
 
 
+def set_sync_debug_mode(mode: str) -> None:
+    state().forbidden = mode == "error"
+
+
 def cuda_functions(devices: int) -> dict[str, Any]:
     """The functions and classes of torch.cuda by name."""
     memory = {"memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"}
     generators = {number: torch.Generator().manual_seed(number) for number in range(devices)}
     return {
         "is_available": lambda: True,
+        "is_initialized": lambda: True,
         "device_count": lambda: devices,
         "current_device": lambda: state().current,
         "set_device": set_device,
@@ -159,6 +164,7 @@ def cuda_functions(devices: int) -> dict[str, Any]:
         "is_bf16_supported": lambda *_: True,
         "is_current_stream_capturing": lambda: state().capturing is not None,
         "synchronize": synchronize,
+        "set_sync_debug_mode": set_sync_debug_mode,
         "Event": Event,
         "Stream": Stream,
         "stream": lambda stream: nullcontext(),
@@ -355,7 +361,7 @@ def pretended_gpus(devices: int = 1) -> Iterator[State]:
     launches = Launches()
     launch.card_of.cache_clear()
     launch.fixed_part.cache_clear()
-    mix.PASSED.clear()
+    call.PASSED.clear()
     patches: list[Any] = [mock.patch.object(torch.cuda, name, value) for name, value in cuda_functions(devices).items()]
     patches += [
         mock.patch.object(launch, "prepare", launches.prepare),
@@ -364,7 +370,7 @@ def pretended_gpus(devices: int = 1) -> Iterator[State]:
         mock.patch.object(
             attention.attention_kernel, "run", launches.run("attention_kernel", launches.write_attention)
         ),
-        mock.patch.object(mix, "type", type_of, create=True),
+        mock.patch.object(call, "type", type_of, create=True),
         mock.patch.object(torch.accelerator, "current_stream", lambda device=None: Stream()),
         mock.patch.object(torch.accelerator, "current_device_index", lambda: state().current),
         mock.patch.object(torch.accelerator, "set_device_index", set_device),
@@ -390,5 +396,5 @@ def pretended_gpus(devices: int = 1) -> Iterator[State]:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
         launch.card_of.cache_clear()
         launch.fixed_part.cache_clear()
-        mix.PASSED.clear()
+        call.PASSED.clear()
         NOW[0] = State()

@@ -52,7 +52,7 @@ def test_maps_build(folder: Path, weights: Path, tmp_path: Path, device: str | N
 def test_maps_build_names_a_gpu_that_is_absent(
     folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pretended_gpus(2), pytest.raises(SystemExit):
+    with pretended_gpus(2), pytest.raises(FileNotFoundError):
         build(folder, weights, tmp_path / "gpu.bank", "--device", "cuda:2")
     assert "there are 2 GPUs, number 2 is absent" in capsys.readouterr().err
 

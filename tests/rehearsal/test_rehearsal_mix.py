@@ -14,6 +14,7 @@ from tokenmix_kernels import (
     token_mask,
     tokenmix,
 )
+from tokenmix_kernels.timm_loader import TokenMixLoader
 
 BATCH, CLASSES = 6, 5
 MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)
@@ -290,3 +291,20 @@ def test_the_stand_in_finds_what_it_is_there_to_find(gpu):
     with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         there.sum().item()
     assert not isinstance(there + 1, torch.nn.Parameter) and (there + 1).is_cuda
+
+
+def test_a_loader_mixes_the_next_batch_on_the_gpu(gpu):
+    generator = torch.Generator().manual_seed(0)
+    batches = [(random_images((4, 3, 32, 32), torch.uint8, seed=seed), torch.arange(4) % CLASSES) for seed in range(3)]
+    mix = TokenMix(num_classes=CLASSES, patch_size=8, mode="elem", mixup_alpha=0)
+    there = [(images.pin_memory(), labels.pin_memory()) for images, labels in batches]
+    options = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.3)}
+    loader = TokenMixLoader(there, mix, device="cuda", generator=generator, **options)
+    got = list(loader)
+    with no_host_reads():
+        again = list(loader)
+    generator.manual_seed(0)
+    expected = list(TokenMixLoader(batches, mix, device="cpu", generator=generator, **options))
+    for one, other in zip(got, expected, strict=True):
+        assert_same(one, other)
+    assert len(again) == 3

@@ -178,6 +178,8 @@ def test_devices_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> N
         run_on_gpu(folder, tmp_path, device="cuda:2")
     with pytest.raises(ValueError, match="--device cuda needs a GPU"):
         train(parse(on("cuda", folder, tmp_path)))
+    with pytest.raises(ValueError, match="--device cuda needs a GPU"):
+        profile_mixers(parse(on("cuda", folder, tmp_path)))
 
 
 def test_two_processes_train_as_two_of_the_cpu(folder: Path, bank: Path, tmp_path: Path) -> None:
