@@ -19,8 +19,8 @@ train: $(BIN)/demo.installed  ## install, and train a small DeiT on photographs 
 	$(BIN)/python -m train --recipe demo --resume auto
 
 test: $(BIN)/test.installed lint  ## install, and run all tests
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/devices
+	$(BIN)/python -m pytest -n auto --dist loadfile
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/devices
 
 lint: $(BIN)/test.installed  ## style and types
 	$(BIN)/ruff check .
