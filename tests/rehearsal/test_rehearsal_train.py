@@ -40,7 +40,7 @@ def on(device: str, folder: Path, output: Path, *more: str) -> list[str]:
 PLAIN = ["--no-amp", "--log-every", "100", "--max-steps", "2"]
 # Where the host is to wait: what is written, scored and timed after the steps.
 BETWEEN = (
-    "checkpoint.py", "evaluate.py", "meters.py read", "torch.py", "picture.py", "evidence.py",
+    "checkpoint.py", "evaluate.py", "meters.py read", "torch.py", "picture.py", "examples.py", "evidence.py",
     "profile_mixers.py between",
 )  # fmt: skip
 ONCE_AN_EPOCH = "tolist in loop.py train_epoch"
