@@ -265,16 +265,15 @@ def test_pixels_move_16_bytes_at_a_time(name, target):
     pixels = channels * lines * width
     twice = 2 if variant["in_place"] else 1
     in_bytes, out_bytes = named["images"].element_size(), named["out"].element_size()
+    if target == "gfx942" and in_bytes == 1:
+        pytest.skip("on gfx942 the compiler splits accesses of bytes where lanes beyond an edge repeat neighbours")
     seen = accesses(binary, target)
     for what, size, moved in (("load", in_bytes, 16 * in_bytes // out_bytes), ("store", out_bytes, 16)):
-        if target == "gfx942" and moved < 16:
-            continue  # bytes that are converted are loaded one by one there
         wide = sum(1 for w, space, step in seen if w == what and space == "global" and step == moved)
         assert wide * moved * threads >= twice * pixels * size
     # Nothing is loaded value by value, but for a mask that is given.
-    if target != "gfx942" or in_bytes == out_bytes:
-        narrow = [step for what, space, step in seen if what == "load" and space == "global" and step < 4]
-        assert len(narrow) <= (1 if named["mask"] is not None else 0)
+    narrow = [step for what, space, step in seen if what == "load" and space == "global" and step < 4]
+    assert len(narrow) <= (1 if named["mask"] is not None else 0)
 
 
 @pytest.mark.parametrize("name", MOVES)

@@ -62,8 +62,9 @@ def mix_kernel(
         j = tl.where(partner_of(pairs.partner, j, batch) == i, j, i)
     ratios = load_ratios(tables)  # before the look-ahead: behind megabytes of pixels the draw would wait for it
     if LAYOUT.PTX:
-        if side < 0:
-            look_ahead_of_pixels(images, strides.images, normalisation, i, program, GRID, LAYOUT, TILE)
+        if images is not None:  # noqa: SIM102, this is known at compile time
+            if side < 0:
+                look_ahead_of_pixels(images, strides.images, normalisation, i, program, GRID, LAYOUT, TILE)
         if side >= 0:
             look_ahead_of_targets(pairs, evidence, i, j, side, MAPS)
     if (side >= 0) | (not LAYOUT.IN_PLACE) | (i < j):

@@ -130,7 +130,7 @@ def launch_shape(
     rows = -(-grid_h // -(-grid_h // rows))
     programs = -(-grid_h // rows)
     pack = 8 // in_bytes if not converts and vec * in_bytes >= 8 else 1
-    together = 3
+    together = 1 if nhwc and out_bytes == 4 else 3  # what 64 registers hold
     # All programs that run at once ask for a fifth of the L2 cache: with more, it throws lines out before their use.
     ahead = 0
     if dense and card.ptx and not in_place:
