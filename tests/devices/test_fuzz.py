@@ -18,6 +18,12 @@ def test_random_mixes_equal_the_references(device, start):
         assert difference(case, device.home) is None, f"case {number}: {case.describe()}"
 
 
+@pytest.mark.devices("interpreter", "gpu")
+def test_a_sample_that_is_its_own_partner_is_left_as_it_is_by_mixup_beside_rectangles(device):
+    case = some_case(1017)
+    assert difference(case, device.home) is None, case.describe()
+
+
 def test_the_cases_reach_every_kind_of_mix():
     cases = [some_case(number) for number in range(CASES)]
     assert {case.settings.mask_type for case in cases} == {"block", "random", "grid", "cutmix", "given"}

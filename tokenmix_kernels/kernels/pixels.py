@@ -329,7 +329,7 @@ def blend_pixels(
                     mixed = finish(tl.where(exact, other, own), pixels, column, plane, LAYOUT, TILE, DTYPE)
                     if RULE.HAS_MIXUP:
                         blended = finish(blend(own, other, drawn.lam), pixels, column, plane, LAYOUT, TILE, DTYPE)
-                        mixed = tl.where(drawn.kind == CONST.value.MIXUP, blended, mixed)
+                        mixed = tl.where((drawn.kind == CONST.value.MIXUP) & (i != j), blended, mixed)
                     out_places = pixels.out + out_at[None, :] + (plane * LAYOUT.OC + line * LAYOUT.OH)
                     tl.store(out_places, mixed, valid)
 
