@@ -187,12 +187,8 @@ def load_timm(args: argparse.Namespace, mean: tuple[float, ...], std: tuple[floa
     if index and val_index and index != val_index:
         raise ValueError(f"the classes of the splits {args.train_split} and {args.val_split} differ")
     count = max(index.values()) + 1 if index else args.num_classes
-    if count is None or (args.num_classes or count) != count:
-        raise ValueError(
-            f"--data {args.data} has {count} classes, not --num-classes {args.num_classes}"
-            if index
-            else f"the reader of --data {args.data} does not know the classes: give --num-classes"
-        )
+    if count is None:
+        raise ValueError(f"the reader of --data {args.data} does not know the classes: give --num-classes")
     named = {label: name for name, label in index.items()}
     classes = [named.get(label, str(label)) for label in range(count)]
     if isinstance(train, IterableDataset):
