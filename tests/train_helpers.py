@@ -98,6 +98,8 @@ def launch(target: Callable[[list[str]], None], arguments: list[str], processes:
 
 def call_at(environment: dict[str, str], target: Callable[[list[str]], None], arguments: list[str]) -> None:
     os.environ.update(environment)
+    # Loader workers as a run from a shell has them: those of a forkserver would outlive a rank that is killed.
+    multiprocessing.set_start_method("fork", force=True)
     target(arguments)
 
 
