@@ -356,20 +356,10 @@ def mix(
         mask_out = torch.empty(batch, *grid, dtype=torch.float32 if settings.shares else torch.bool, device=device)
         kind = torch.empty(batch, dtype=torch.uint8, device=device)
     results = Results(targets, weights, mask_out, kind)
+    shape = tuple(images.shape)
     prepare(
-        images,
-        out,
-        labels,
-        partner,
-        evidence,
-        mask,
-        seed,
-        sample_offset,
-        settings,
-        results,
-        tuple(images.shape),
-        device,
-    ).run()
+        images, out, labels, partner, evidence, mask, seed, sample_offset, settings, results, shape, device
+    ).run()  # fmt: skip
     return Result(targets, mask_out, weights, kind)  # type: ignore[arg-type]
 
 

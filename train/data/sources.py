@@ -106,7 +106,7 @@ def load_data(args: argparse.Namespace) -> Data:
             f"got {args.num_classes}"
         )
     data = restrict(whole, args.holdout, args.label_fraction, args.seed)
-    if getattr(args, "skip_broken", False) and not data.stream:
+    if args.skip_broken and not data.stream:
         leave_out_broken(data, args)
     return data
 

@@ -192,7 +192,7 @@ def load_timm(args: argparse.Namespace, mean: tuple[float, ...], std: tuple[floa
     named = {label: name for name, label in index.items()}
     classes = [named.get(label, str(label)) for label in range(count)]
     if isinstance(train, IterableDataset):
-        skip_broken = getattr(args, "skip_broken", False)
+        skip_broken = args.skip_broken
         if skip_broken and kind == "tfds":
             raise ValueError(
                 "--skip-broken cannot be used with tfds: TensorFlow decodes its images; prepare it without them"
