@@ -1,6 +1,7 @@
 """What the processes do that the tests start: train, and write down what TokenMix was given and gave."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,26 @@ import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_hook
 
 from tokenmix_kernels import TokenMix, tokenmix
+from train import loop
 from train.config import parse
 from train.loop import train
+from train.run import Progress, Run, save_checkpoint
 
 
 def train_quietly(arguments: list[str]) -> None:
+    train(parse(arguments))
+
+
+def train_and_stop(arguments: list[str]) -> None:
+    """Train until the first checkpoint, and end there without a word, as if killed."""
+
+    def save_and_stop(run: Run, progress: Progress) -> None:
+        save_checkpoint(run, progress)
+        while run.rank and not (Path(run.args.output) / "last.pt").is_file():  # the first one still reads from here
+            time.sleep(0.01)
+        os._exit(0)
+
+    loop.save_checkpoint = save_and_stop
     train(parse(arguments))
 
 

@@ -1,10 +1,10 @@
 """What every flag may do on a resumed run: one table."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["FIXED", "FREE", "changed_flags"]
+__all__ = ["FIXED", "FREE", "PER_PROCESS", "changed_flags"]
 
 # Fixed by the state of a run: weights, moments, schedule, order and draws depend on them.
 FIXED = (
@@ -26,23 +26,28 @@ FREE = (
     "log_every", "eval_every", "picture", "tensorboard", "traceback", "compile", "channels_last",
     "data_path", "cache", "num_workers",
 )  # fmt: skip
+# Say how the images of an update are shared out, which may change with the number of processes: `resume.share_out`.
+PER_PROCESS = ("batch_size", "accumulate", "max_steps")
 # May grow: see `resume.extend`.
 GROWING = ("epochs",)
 
 
-def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any], stream: bool) -> list[str]:
+def changed_flags(
+    saved: Mapping[str, Any], now: Mapping[str, Any], stream: bool, free: Sequence[str] = ()
+) -> list[str]:
     """The flags that a checkpoint's run had with other values although its state fixes them, as "--NAME OLD (now NEW)".
 
     Args:
         saved: arguments in the checkpoint.
         now: arguments of this call.
         stream: the data is a stream, whose batches depend on its workers.
+        free: flags that may change all the same.
     """
     names = FIXED + (("num_workers",) if stream else ())
     return [
         f"--{name.replace('_', '-')} {saved.get(name)} (now {now[name]})"
         for name in names
-        if name in now and saved.get(name) != now[name]
+        if name in now and name not in free and saved.get(name) != now[name]
     ]
 
 

@@ -3,14 +3,12 @@
 import argparse
 import json
 import math
-import random
 import time
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -27,7 +25,7 @@ from .meters import StepTimer, write_records
 from .picture import mix_picture
 from .resume import resume, resume_path
 from .run import Progress, Run, build, save_best, save_checkpoint, say
-from .step import forward, mixing_seed, set_mixing
+from .step import forward, mixing_seed, seed_all, set_mixing
 
 
 def train_epoch(run: Run, progress: Progress, bar: tqdm, timer: StepTimer) -> None:
@@ -167,10 +165,7 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
 def train_run(run: Run, output: Path) -> list[dict[str, Any]]:
     """Train in a folder that is locked."""
     args = run.args
-    random_seed = mixing_seed(args.seed, -1, run.rank)  # of dropout and drop path: other ones on every rank
-    torch.manual_seed(random_seed)
-    random.seed(random_seed)
-    np.random.seed(random_seed % 2**32)
+    seed_all(mixing_seed(args.seed, -1, run.rank))  # of dropout and drop path: other ones on every rank
     progress = Progress()
     path = resume_path(args)
     if path:

@@ -1,20 +1,30 @@
 """One step: a batch is mixed with the masks of its step, and gives a loss."""
 
 import hashlib
+import random
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from .data import Batch
 from .meters import StepTimer
 from .run import Run
 
-__all__ = ["forward", "mixing_seed", "set_mixing"]
+__all__ = ["forward", "mixing_seed", "seed_all", "set_mixing"]
 
 
 def mixing_seed(seed: int, epoch: int, step: int) -> int:
     """The seed of one step's masks, the same on all ranks: they differ by their sample offset."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def seed_all(seed: int) -> None:
+    """Start every generator that a training step could draw from, but that of the masks, at a seed."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def set_mixing(run: Run, epoch: int) -> None:
