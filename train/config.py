@@ -32,7 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         default=None,
         metavar="auto|FILE",
-        help="continue bit-exactly from a checkpoint; auto: the last of --output, if there is one",
+        help="continue from a checkpoint, bit-exactly on the same number of processes, with the same images in every "
+        "update on another one; auto: the last of --output, if there is one",
     )
     group.add_argument(
         "--save-every",

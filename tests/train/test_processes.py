@@ -34,7 +34,7 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("processes", "batch", "accumulate"), [(1, 8, 1), (1, 4, 2), (4, 2, 1)], ids=["1", "1 in two steps", "4"]
+    ("processes", "batch", "accumulate"), [(1, 8, 1), (1, 4, 2), (4, 2, 1)], ids=["1", "1-in-two-steps", "4"]
 )
 def test_other_processes_go_on_with_the_images_of_the_run(
     folder: Path, runs: Path, tmp_path: Path, processes: int, batch: int, accumulate: int
@@ -45,9 +45,7 @@ def test_other_processes_go_on_with_the_images_of_the_run(
         train(parse(arguments))
     else:
         finish_all(launch(train_quietly, arguments, processes))
-    ours, theirs, early = (
-        checkpoint.load(path / "last.pt") for path in (tmp_path, runs / "whole", runs / "stopped")
-    )
+    ours, theirs, early = (checkpoint.load(path / "last.pt") for path in (tmp_path, runs / "whole", runs / "stopped"))
     assert ours["world"] == processes and ours["progress"]["updates"] == theirs["progress"]["updates"] == 12
     for key, value in theirs["model"].items():
         torch.testing.assert_close(ours["model"][key], value, rtol=0, atol=1e-5)
