@@ -58,12 +58,13 @@ def mix_into(
     sample_offset: int,
     settings: Settings,
     in_place: bool = False,
+    fresh: bool = False,
     **options: Any,
 ) -> Result:
     """Mix by `module`, the reference or the kernels, into `out`, which is `images` where the mix is `in_place`.
 
     Otherwise an `out` on the memory of `images` was meant to be apart (a compiler may drop a clone): the images are
-    then copied first.
+    then copied first. `fresh`: `out` was allocated for this mix.
 
     Raises:
         ValueError: a value out of range (on a CPU), or `out` overlaps with `images` in part.
@@ -74,7 +75,7 @@ def mix_into(
         raise ValueError("mask must be given where mask_type is 'given'")
     if not images.is_cuda:
         check_values(labels, partner, evidence, settings.num_classes, in_place)
-    if not in_place and shares_memory(images, out):
+    if not (in_place or fresh) and shares_memory(images, out):
         images = images.clone()
     return module.mix(images, out, labels, partner, evidence, mask, seed, sample_offset, settings, **options)
 
@@ -91,7 +92,7 @@ def implementations(module_of: Callable[[Tensor], ModuleType]) -> dict[str, Call
 
     def mix(images: Tensor, out_dtype: torch.dtype, *rest: Any) -> tuple[Tensor, ...]:
         out = empty_images(images, out_dtype)
-        return out, *mix_into(module_of(images), images, out, *split(rest))
+        return out, *mix_into(module_of(images), images, out, *split(rest), fresh=True)
 
     def mix_out(images: Tensor, out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         return tuple(mix_into(module_of(images), images, out, *split(rest)))

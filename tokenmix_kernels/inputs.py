@@ -82,6 +82,16 @@ class Result(NamedTuple):
     kind: Tensor
 
 
+class Form:
+    """A form of inputs that passed the checks: shapes, strides, dtypes, devices and settings.
+
+    Attributes:
+        relaunch: what the kernels remember of its last launch, or None.
+    """
+
+    relaunch: Any = None
+
+
 def show(tensor: Tensor) -> str:
     return f"{list(tensor.shape)}"
 

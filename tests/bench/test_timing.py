@@ -251,8 +251,6 @@ def test_the_host_is_timed_from_the_bare_launch_on() -> None:
     assert rows[0]["ratio"] == 1.0
     barred = [row for row in rows if "bar" in row]
     assert barred
-    # A whole call holds a launch and more.
-    assert all(row["ratio"] > 1 for row in barred)
 
 
 def test_a_line_is_found_through_what_grows() -> None:

@@ -289,7 +289,7 @@ def test_out_may_lie_in_memory_in_another_way(device, draw, layout, into):
 def test_a_step_on_a_gpu_repeats_no_checks_but_misses_no_change(device, monkeypatch):
     """What an eager call on a GPU does, on CPU tensors too: no operator, and each form of inputs is checked once."""
     monkeypatch.setattr(call, "launches_at_once", lambda images: True)
-    monkeypatch.setattr(call, "PASSED", set())
+    monkeypatch.setattr(call, "PASSED", {})
     asked = []
     real = call.inputs.check_form
     monkeypatch.setattr(call.inputs, "check_form", lambda *given: asked.append(1) or real(*given))

@@ -5,6 +5,8 @@ repeats its launches and random numbers. DDP averages gradients over gloo. Memor
 `torch.compile` hands its function on, and pinned memory only says that it is.
 """
 
+import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from tokenmix_kernels import call, kernels, reference
-from tokenmix_kernels.kernels import attention, launch
+from tokenmix_kernels.kernels import attention, launch, ready
 
 __all__ = ["data_parallel", "pretended_gpus"]
 
@@ -107,6 +109,17 @@ class Graph:
 
 
 @contextmanager
+def on_device(device: Any) -> Iterator[None]:
+    """torch.cuda.device."""
+    now = state()
+    before, now.current = now.current, index_of(device)
+    try:
+        yield
+    finally:
+        now.current = before
+
+
+@contextmanager
 def recorded(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
     """torch.cuda.graph."""
     now = state()
@@ -158,6 +171,7 @@ def cuda_functions(devices: int) -> dict[str, Any]:
         "device_count": lambda: devices,
         "current_device": lambda: state().current,
         "set_device": set_device,
+        "device": on_device,
         "get_device_name": lambda device=None: f"{NAME}" if index_of(device) < devices else None,
         "get_device_properties": lambda device=None: PROPERTIES,
         "get_device_capability": lambda device=None: (9, 0),
@@ -198,6 +212,49 @@ class Driver:
         return state().current
 
 
+class Compiled:
+    """What Triton compiled for a launch: it takes arguments of the same form, in the order of the parameters."""
+
+    def __init__(self, launches: "Launches", run: Callable[..., Any], grid: tuple[int], first: dict[str, Any]) -> None:
+        self.launches, self.run, self.grid, self.first = launches, run, grid, first
+        self.settings_of = launches.asked.get(id(first.get("results")))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert grid == (*self.grid, 1, 1)
+
+        def runner(*arguments: Any) -> None:
+            named = dict(zip(inspect.signature(kernels.mix_kernel.fn).parameters, arguments, strict=True))
+            options = {name: value for name, value in self.first.items() if name not in named}
+            for name, before in self.first.items():
+                assert name in options or form_of(named[name]) == form_of(before), f"{name} is of another form"
+            self.launches.asked[id(named["results"])] = self.again(named)
+            self.run(grid=self.grid, **named, **options)
+
+        return runner
+
+    def again(self, named: dict[str, Any]) -> tuple[Any, ...]:
+        """What `prepare` would have been told for these arguments."""
+        assert self.settings_of is not None
+        first, settings = self.settings_of[4], self.settings_of[8]
+        evidence = first._replace(**{name: getattr(named["evidence"], name) for name in first._fields[:-1]})
+        seed, high, pairs = named["seed"], named["seed_high"], named["pairs"]
+        if high is not None:
+            seed = torch.tensor((high << 32) + (seed & 0xFFFFFFFF))
+        return (
+            named["images"], named["out"], pairs.labels, pairs.partner, evidence, named["mask"], seed,
+            named["sample_offset"], settings, named["results"],
+        )  # fmt: skip
+
+
+def form_of(argument: Any) -> Any:
+    """What Triton compiles for: of a tensor its dtype and alignment, of a number its width."""
+    if isinstance(argument, tuple):
+        return tuple(form_of(part) for part in argument)
+    if isinstance(argument, Tensor):
+        return argument.dtype, tuple(argument.stride()), held(argument).data_ptr() % 16
+    return argument.bit_length() > 31 if isinstance(argument, int) else argument
+
+
 class Launches:
     """What stands where the compiled kernels are."""
 
@@ -209,21 +266,22 @@ class Launches:
         self.asked[id(arguments[9])] = arguments
         return self.ready(*arguments)
 
-    def run(self, name: str, write: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
-        """The `run` of a kernel: note the launch, and write what it would."""
+    def run(self, name: str, write: Callable[[dict[str, Any]], None]) -> Callable[..., Any]:
+        """The `run` of a kernel: note the launch, write what it would, and return what was compiled."""
 
-        def run(*, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
+        def run(*, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> Compiled:
             now = state()
             for place, tensor in enumerate(one for one in tree_flatten(arguments)[0] if isinstance(one, Tensor)):
                 if not isinstance(tensor, PretendTensor):
                     raise ValueError(f"Pointer argument (at {place}) cannot be accessed from Triton (cpu tensor?)")
-                if tensor.index != now.current and torch.cuda.device_count() == 1:
-                    raise ValueError(f"an argument of {name} is on {tensor.device}, which is not there")
+                if tensor.index != now.current:
+                    raise ValueError(f"an argument of {name} is on {tensor.device}, the launch on cuda:{now.current}")
             assert all(isinstance(size, int) and size > 0 for size in grid), grid
             now.launches.append((name, grid, arguments))
             if now.capturing is not None:
                 now.capturing.work.append(lambda: write(arguments))
             write(arguments)
+            return Compiled(self, functools.partial(run, warmup=warmup), grid, arguments)
 
         return run
 
@@ -366,6 +424,7 @@ def pretended_gpus(devices: int = 1) -> Iterator[State]:
     patches += [
         mock.patch.object(launch, "prepare", launches.prepare),
         mock.patch.object(kernels, "prepare", launches.prepare),
+        mock.patch.object(ready, "CompiledKernel", Compiled),
         mock.patch.object(kernels.mix_kernel, "run", launches.run("mix_kernel", launches.write_mix)),
         mock.patch.object(
             attention.attention_kernel, "run", launches.run("attention_kernel", launches.write_attention)

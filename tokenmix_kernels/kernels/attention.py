@@ -10,6 +10,7 @@ from torch import Tensor
 from ..attention_inputs import AttentionMix
 from .draw import partner_of
 from .groups import CONST, Pairs
+from .ready import current
 
 __all__ = ["attention_arguments", "attention_kernel", "attention_targets"]
 
@@ -91,5 +92,6 @@ def attention_targets(
     """Dense soft targets [B, K] fp32, in one launch."""
     targets = torch.empty(len(labels), num_classes, dtype=torch.float32, device=labels.device)
     grid, arguments = attention_arguments(targets, mix, labels, partner, smoothing)
-    attention_kernel[grid](**arguments)
+    with current(labels.device):
+        attention_kernel[grid](**arguments)
     return targets

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..inputs import BOX_FORMATS, Evidence, Result
+from ..inputs import BOX_FORMATS, Evidence, Form, Result
 from ..settings import (
     BATCH,
     MASK_RULES,
@@ -27,21 +27,11 @@ from ..tables import byte_shift, device_table
 from . import draw
 from .fused import mix_kernel
 from .groups import EvidencePointers, Grid, Layout, MapForm, Normalisation, Pairs, Results, Rule, Strides, Tables, Tile
+from .ready import Launch, Relaunch, halves
 
 __all__ = ["Card", "Launch", "interpreted", "launch_shape", "mix", "pool_targets", "prepare", "token_mask"]
 
 NO_STRIDES: tuple[int, ...] = (1, 1, 1, 1)
-
-
-class Launch(NamedTuple):
-    """A launch that is ready: `mix_kernel[grid](**arguments, **options)`."""
-
-    grid: tuple[int]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        mix_kernel[self.grid](**self.arguments, **self.options)
 
 
 def interpreted() -> bool:
@@ -292,13 +282,7 @@ def prepare(
         images is not None and images is out, map_shape, map_vec, 0 if boxes is None else boxes.stride(1),
         evidence.box_format, settings, device, card_of(device) if card is None else card,
     )  # fmt: skip
-    if seed.device.type == "cpu":
-        number = int(seed)
-        low, high = number & 0xFFFFFFFF, number >> 32
-        seed_low: Any = low - (low >> 31 << 32)
-        seed_high = high
-    else:
-        seed_low, seed_high = seed, None
+    seed_low, seed_high = halves(seed)
     pointers = EvidencePointers(
         maps,
         evidence.indices,
@@ -330,7 +314,7 @@ def prepare(
         "smoothing": settings.label_smoothing,
         **fixed.constants,
     }
-    return Launch((shape[0] * fixed.programs,), arguments, fixed.options)
+    return Launch((shape[0] * fixed.programs,), arguments, fixed.options, device)
 
 
 def mix(
@@ -344,8 +328,12 @@ def mix(
     sample_offset: int,
     settings: Settings,
     whole: bool = True,
+    form: Form | None = None,
 ) -> Result:
-    """Mix a batch into `out`, in place where that is `images`, in one launch; `whole` False writes targets alone."""
+    """Mix a batch into `out`, in place where that is `images`, in one launch.
+
+    `whole` False writes targets alone. `form` is of these arguments, but for `out` on the memory of `images`.
+    """
     batch, _, height, width = images.shape
     device = images.device
     targets = torch.empty(batch, settings.num_classes, dtype=torch.float32, device=device)
@@ -356,10 +344,12 @@ def mix(
         mask_out = torch.empty(batch, *grid, dtype=torch.float32 if settings.shares else torch.bool, device=device)
         kind = torch.empty(batch, dtype=torch.uint8, device=device)
     results = Results(targets, weights, mask_out, kind)
-    shape = tuple(images.shape)
-    prepare(
-        images, out, labels, partner, evidence, mask, seed, sample_offset, settings, results, shape, device
-    ).run()  # fmt: skip
+    given = (images, out, labels, partner, evidence, mask, seed, sample_offset)
+    if form is None or form.relaunch is None or not form.relaunch.run(*given, results):
+        launch = prepare(*given, settings, results, tuple(images.shape), device)
+        compiled = launch.run()
+        if form is not None:
+            form.relaunch = Relaunch.of(launch, compiled)
     return Result(targets, mask_out, weights, kind)  # type: ignore[arg-type]
 
 
