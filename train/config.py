@@ -79,6 +79,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--picture", action=yes_no, default=True, help="write mix.png at the end")
     group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events to --output")
+    group.add_argument(
+        "--log-wandb", action="store_true", help="also write to Weights & Biases; WANDB_MODE=offline too"
+    )
+    group.add_argument("--wandb-project", default=None, metavar="NAME", help="of W&B (default: that of your account)")
+    group.add_argument("--wandb-name", default=None, metavar="NAME", help="of the W&B run (default: that of --output)")
+    group.add_argument("--wandb-tags", default=[], nargs="+", metavar="TAG", help="of the W&B run")
+    group.add_argument(
+        "--wandb-resume-id",
+        default=None,
+        metavar="ID",
+        help="of a W&B run to go on with (default: that of the checkpoint --resume, else a new one)",
+    )
     group.add_argument("--traceback", action="store_true", help="show the traceback of input errors")
 
     group = parser.add_argument_group("model")

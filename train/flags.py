@@ -23,7 +23,8 @@ FIXED = (
 # Obeyed from the resumed step on; the rest of the run is the same up to rounding of another device.
 FREE = (
     "recipe", "output", "resume", "save_every", "keep_best", "eval", "replay", "profile_mixers", "device", "threads",
-    "log_every", "eval_every", "picture", "tensorboard", "traceback", "compile", "channels_last",
+    "log_every", "eval_every", "picture", "tensorboard", "log_wandb", "wandb_project",
+    "wandb_name", "wandb_tags", "wandb_resume_id", "traceback", "compile", "channels_last",
     "data_path", "cache", "num_workers",
 )  # fmt: skip
 # Say how the images of an update are shared out, which may change with the number of processes: `resume.share_out`.

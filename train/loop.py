@@ -5,7 +5,6 @@ import json
 import math
 import time
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import checkpoint
+from .boards import Boards, check_boards
 from .data import to_device
 from .evaluate import evaluate, evaluate_checkpoint
 from .files import lock_folder, write_atomic, write_lines
@@ -98,7 +98,7 @@ def train_epoch(run: Run, progress: Progress, bar: tqdm, timer: StepTimer) -> No
             timer.start()
 
 
-def end_epoch(run: Run, progress: Progress, seconds: float, board: Any) -> None:
+def end_epoch(run: Run, progress: Progress, seconds: float, boards: Boards | None) -> None:
     """Evaluate, write the records, and save."""
     args = run.args
     record: dict[str, Any] = {
@@ -123,9 +123,8 @@ def end_epoch(run: Run, progress: Progress, seconds: float, board: Any) -> None:
         return
     # A kill from here on loses nothing: `train` writes both again from last.pt.
     write_derived(run, progress)
-    if board:
-        for key, value in record.items():
-            board.add_scalar(key, value, record["epoch"])
+    if boards:
+        boards.write(record)
     tqdm.write(
         "  ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items()
@@ -152,8 +151,7 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.eval:
         evaluate_checkpoint(run, resume_path(args) or output / "last.pt")
         return []
-    if args.tensorboard and find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard")
+    check_boards(args)
     lock = lock_folder(output) if run.rank == 0 else None
     try:
         return train_run(run, output)
@@ -172,15 +170,21 @@ def train_run(run: Run, output: Path) -> list[dict[str, Any]]:
         progress = resume(run, path)
     elif (output / "last.pt").exists():
         raise ValueError(f"{output / 'last.pt'} exists: give another --output, or --resume auto to go on with it")
-    board = None
-    if run.rank == 0:
-        write_lines([json.dumps(checkpoint.plain_args(args), indent=1)], output / "args.json")
-        if path:
-            write_derived(run, progress)
-        if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # an optional package
+    if run.rank:
+        train_epochs(run, progress, None)
+        return progress.history
+    write_lines([json.dumps(checkpoint.plain_args(args), indent=1)], output / "args.json")
+    if path:
+        write_derived(run, progress)
+    with Boards(args, progress.history, progress.wandb_id) as boards:
+        progress.wandb_id = boards.wandb_id
+        train_epochs(run, progress, boards)
+    return progress.history
 
-            board = SummaryWriter(str(output))
+
+def train_epochs(run: Run, progress: Progress, boards: Boards | None) -> None:
+    """Train from where the run is to its end, and say what became of it."""
+    args = run.args
     say(run, describe(run))
     timer, steps = StepTimer(run.device), run.steps_per_epoch()
     begin = time.perf_counter()
@@ -196,18 +200,15 @@ def train_run(run: Run, output: Path) -> list[dict[str, Any]]:
             dynamic_ncols=True,
         ) as bar:
             train_epoch(run, progress, bar, timer)
-        end_epoch(run, progress, time.perf_counter() - start, board)
+        end_epoch(run, progress, time.perf_counter() - start, boards)
     skipped = run.loader.skipped()
     if run.rank == 0:
-        if board:
-            board.close()
         finish(run, progress, timer, time.perf_counter() - begin)
         if skipped:
             print(f"skipped     {len(skipped)} images that cannot be read")
     if run.world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    return progress.history
 
 
 def describe(run: Run) -> str:

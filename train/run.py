@@ -39,6 +39,7 @@ class Progress:
     best: float = -1.0  # top-1 of the best epoch, in percent
     best_epoch: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
+    wandb_id: str | None = None  # of the run of Weights & Biases, where there is one
 
 
 @dataclass

@@ -40,7 +40,8 @@ def json_object(text: str) -> dict[str, Any]:
 
 # Not taken from a checkpoint: what this call does, where it writes, and on what.
 OWN = ("recipe", "output", "resume", "eval", "replay", "profile_mixers", "device", "threads", "amp", "init_from",
-       "cache", "compile", "tensorboard", "traceback", "picture", "save_every", "keep_best")  # fmt: skip
+       "cache", "compile", "tensorboard", "log_wandb", "wandb_project", "wandb_name", "wandb_tags", "wandb_resume_id",
+       "traceback", "picture", "save_every", "keep_best")  # fmt: skip
 
 
 def checkpoint_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def run_one(spec: Spec, results: Path) -> int:
 def reproducible(args: Namespace) -> dict[str, Any]:
     """The arguments that decide a run's numbers."""
     paths = ("output", "cache", "resume", "device", "threads", "traceback", "tensorboard", "replay")
-    return {key: value for key, value in checkpoint.plain_args(args).items() if key not in paths}
+    arguments = checkpoint.plain_args(args).items()
+    return {key: value for key, value in arguments if key not in paths and "wandb" not in key}
 
 
 def evaluate(args: Namespace, history: list[dict[str, Any]], cache: Path) -> dict[str, Any]:
