@@ -166,9 +166,9 @@ def test_a_gpu_by_default_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda:5")
 
 
-@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x", ""])
+@pytest.mark.parametrize("name", ["gpu", "mtia", "cuda:x", "", "meta"])
 def test_a_device_that_is_none_gets_a_sentence(name: str) -> None:
-    with pytest.raises(ValueError, match="--device must be auto, cpu, cuda or cuda:N, got"):
+    with pytest.raises(ValueError, match="--device must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N, got"):
         choose_device(name)
 
 

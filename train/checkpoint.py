@@ -79,8 +79,8 @@ def rng_state(device: torch.device) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
     }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device.type).get_rng_state(device)
     return state
 
 
@@ -91,8 +91,8 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type in state:
+        torch.get_device_module(device.type).set_rng_state(state[device.type], device)
 
 
 def gather(value: Any) -> Sequence[Any]:

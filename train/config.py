@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="time the same steps with each mixer, interleaved, instead of training",
     )
     group.add_argument("--seed", type=int, default=0, help="of weights, data order, augmentation and mixing")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    group.add_argument("--device", default="auto", help="auto (cuda or cpu), cpu, cuda, cuda:1, mps, xpu, xpu:1")
     group.add_argument("--threads", type=int, default=0, help="CPU threads for torch; 0: leave as they are")
     group.add_argument(
         "--log-every",

@@ -9,6 +9,7 @@ from torch import nn
 
 from tokenmix_kernels.maps.weights import read_tensors, weights_of
 
+from .device import sum_dtype
 from .model import load_weights
 from .run import Run, say
 
@@ -19,7 +20,7 @@ __all__ = ["evaluate", "evaluate_checkpoint"]
 def evaluate(run: Run, model: nn.Module) -> dict[str, float]:
     """Top-1, top-5 (where there are more than 5 classes) in percent, and cross entropy, over all processes."""
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # top-1, top-5, loss, images
+    sums = torch.zeros(4, dtype=sum_dtype(run.device), device=run.device)  # top-1, top-5, loss, images
     many = len(run.data.classes) > 5
     for host_batch in run.loader.validation():
         images = run.data.normalise(host_batch[0].to(run.device, non_blocking=True))

@@ -79,7 +79,8 @@ class AttentionEvidence:
         return self.targets_of(self.attention.take(), logits, by_area, mix)
 
     def targets_of(self, attention: Tensor, logits: Tensor, by_area: Tensor, mix: Mix) -> Tensor:
-        """`targets` for an attention [B, N] that was taken already."""
+        """`targets` for an attention [B, N] that was taken already; made where `by_area` is."""
+        attention, logits = attention.to(by_area.device), logits.to(by_area.device)
         with torch.autocast(logits.device.type, enabled=False):
             return attention_targets(
                 attention,

@@ -51,7 +51,7 @@ def mix_as_run(run: "Run", batch: Batch, evidence: Evidence, seed: int) -> tuple
 
     Args:
         run: its mixer is used.
-        batch: on the run's device.
+        batch: on the run's mixing device.
         evidence: of the batch.
         seed: key of the draws.
 
@@ -74,7 +74,7 @@ def live_attention(run: "Run", batch: Batch, mixed: Tensor, result: Result) -> t
 
     Args:
         run: its model and its evidence are used.
-        batch: on the run's device.
+        batch: on the run's mixing device.
         mixed: [B, 3, S, S] in [0, 1], of `mix_as_run`.
         result: of `mix_as_run`, by area.
 
@@ -85,9 +85,9 @@ def live_attention(run: "Run", batch: Batch, mixed: Tensor, result: Result) -> t
     was_training = run.model.training
     run.model.eval()
     with torch.no_grad(), run.autocast():
-        logits = run.model(run.data.normalise(255 * mixed))
+        logits = run.model(run.data.normalise(255 * mixed.to(run.device))).to(mixed.device)
     run.model.train(was_training)
-    attention = run.attention.attention.take()
+    attention = run.attention.attention.take().to(mixed.device)
     mix = Mix(result.mask, batch.labels, None, result.kind, result.weights[:, 0])
     targets = run.attention.targets_of(attention, logits, result.targets, mix)
     # With a class of its own for each image the targets are the weights.

@@ -80,7 +80,7 @@ def replay(args: argparse.Namespace) -> None:
     for rank, steps in enumerate(state["steps"]):
         for entry in steps:
             batch = run.loader.batch(entry["epoch"], entry["positions"], entry["ids"], world)
-            batch = to_device(batch, run.device, saved.channels_last)
+            batch = to_device(batch, run.mix_device, saved.channels_last)
             checkpoint.set_rng_state(entry["rng"], run.device)
             first.clear()
             set_mixing(run, entry["epoch"])

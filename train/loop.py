@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import checkpoint
 from .boards import Boards, check_boards
 from .data import to_device
+from .device import sum_dtype
 from .evaluate import evaluate, evaluate_checkpoint
 from .files import lock_folder, write_atomic, write_lines
 from .guard import stop_at
@@ -36,7 +37,7 @@ def train_epoch(run: Run, progress: Progress, bar: tqdm, timer: StepTimer) -> No
     steps = run.steps_per_epoch()
     steps -= steps % args.accumulate
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
+    loss_sum = torch.tensor(progress.loss_sum, dtype=sum_dtype(device), device=device)
     bad_update = torch.full((), -1, dtype=torch.int64, device=device)  # first update that was not finite
     trace: list[dict[str, Any]] = []  # what was done since the losses were last read
     batches = run.loader.epoch(progress.epoch, first_step=progress.step)
@@ -55,7 +56,7 @@ def train_epoch(run: Run, progress: Progress, bar: tqdm, timer: StepTimer) -> No
                 "rng": checkpoint.rng_state(device),
             }
         )
-        batch = to_device(host_batch, device, args.channels_last)
+        batch = to_device(host_batch, run.mix_device, args.channels_last)
         timer.mark("data")
         # Gradients are exchanged between processes once per update.
         net = run.net
@@ -86,7 +87,7 @@ def train_epoch(run: Run, progress: Progress, bar: tqdm, timer: StepTimer) -> No
         progress.step = step + 1
         saving = args.save_every and progress.step % args.save_every == 0 and last_of_update
         if progress.step % args.log_every == 0 or saving or progress.step == steps:
-            total, first_bad = torch.stack([loss_sum, bad_update.double()]).tolist()
+            total, first_bad = torch.stack([loss_sum, bad_update.to(loss_sum.dtype)]).tolist()
             if first_bad >= 0:
                 stop_at(run, trace, int(first_bad))
             trace = [entry for entry in trace if entry["update"] >= progress.updates]

@@ -20,22 +20,23 @@ PARTS = ("data", "mixing", "forward", "backward", "update")
 class StepTimer:
     """Seconds per part of a training step.
 
-    On a CUDA device the marks are events in the stream, read only in `read()`, after the losses have been
-    read anyway; elsewhere they are the host's clock.
+    On a GPU the marks are events in the stream, read only in `read()`, after the losses have been read anyway; on a CPU
+    they are the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.device = device
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.steps = 0
         self.images = 0
-        self._last: torch.cuda.Event | float = 0.0
-        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._last: torch.Event | float = 0.0
+        self._pending: list[tuple[str, torch.Event, torch.Event]] = []
 
-    def _now(self) -> torch.cuda.Event | float:
-        if not self.cuda:
+    def _now(self) -> torch.Event | float:
+        if self.device.type == "cpu":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        cuda = self.device.type == "cuda"
+        event = torch.cuda.Event(enable_timing=True) if cuda else torch.Event(self.device, enable_timing=True)
         event.record()
         return event
 
@@ -60,7 +61,7 @@ class StepTimer:
         self.images += images
 
     def read(self) -> dict[str, float]:
-        """Seconds per part so far; waits for the last mark on a CUDA device."""
+        """Seconds per part so far; waits for the last mark on a GPU."""
         if self._pending:
             self._pending[-1][2].synchronize()
             for part, begin, end in self._pending:

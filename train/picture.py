@@ -46,10 +46,10 @@ def mix_picture(run: "Run", path: Path, rows: int = 6) -> Path:
     Returns:
         The path.
     """
-    batch = to_device(run.loader.preview(max(rows, run.args.batch_size)), run.device)
+    batch = to_device(run.loader.preview(max(rows, run.args.batch_size)), run.mix_device)
     evidence = as_evidence(run.evidence(batch))
     examples = pick_examples(run, batch, evidence, rows)
-    if run.attention and (maps := cached_maps(run.args, run.data, run.device)):
+    if run.attention and (maps := cached_maps(run.args, run.data, run.mix_device)):
         evidence = as_evidence(maps(batch))
     figure = draw_figure(run, batch, evidence, examples)
     path.parent.mkdir(parents=True, exist_ok=True)

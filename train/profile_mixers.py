@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tokenmix_kernels import TokenMix, naive
 
-from .device import choose_device
+from .device import choose_device, mixing_device
 from .files import write_lines
 
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -145,6 +145,8 @@ def profile_mixers(args: argparse.Namespace) -> dict[str, Any]:
     Images are random: reading and augmenting them is the same for all mixers and is left out.
     """
     device = choose_device(args.device)
+    if mixing_device(device) != device:
+        raise ValueError(f"--profile-mixers compares mixing on the device of the model: not on {device.type}")
     if args.threads:
         torch.set_num_threads(args.threads)
     rounds = args.max_steps or 20

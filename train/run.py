@@ -19,7 +19,7 @@ from tokenmix_kernels import TokenMix
 
 from . import checkpoint
 from .data import Data, EpochLoader, load_data
-from .device import start_processes
+from .device import mixing_device, start_processes
 from .evidence import AttentionEvidence
 from .model import make_attention, make_mixer, make_model
 from .teacher import Evidence, make_evidence
@@ -66,6 +66,11 @@ class Run:
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.args.amp else nullcontext()
+
+    @property
+    def mix_device(self) -> torch.device:
+        """Where batches are mixed."""
+        return mixing_device(self.device)
 
     def evidence_name(self) -> str:
         """One phrase: what the targets follow."""
@@ -117,7 +122,7 @@ def build(args: argparse.Namespace) -> Run:
             f"fewer than --accumulate {args.accumulate}: use a smaller --batch-size"
         )
 
-    guarded = args.opt in FUSED
+    guarded = args.opt in FUSED and device.type in ("cpu", "cuda")
     options: dict[str, Any] = {"fused": True} if guarded else {}
     if "adam" in args.opt:
         options["eps"] = args.opt_eps
@@ -145,7 +150,7 @@ def build(args: argparse.Namespace) -> Run:
 
     net: nn.Module = torch.compile(model) if args.compile else model  # type: ignore[assignment]
     if world > 1:
-        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+        net = DistributedDataParallel(net, device_ids=None if device.index is None else [device.index])
     return Run(
         args,
         rank,

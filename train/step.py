@@ -34,9 +34,10 @@ def set_mixing(run: Run, epoch: int) -> None:
 
 
 def forward(run: Run, batch: Batch, seed: int, timer: StepTimer | None = None, rank: int | None = None) -> Tensor:
-    """The loss of a batch that is on the device, mixed with the masks of (seed, rank)."""
+    """The loss of a batch that is on the mixing device, mixed with the masks of (seed, rank)."""
     offset = (run.rank if rank is None else rank) * run.args.batch_size
     images, targets, *mix = run.mix(batch.images, batch.labels, **run.evidence(batch), seed=seed, sample_offset=offset)
+    images = images.to(run.device, non_blocking=True)
     if timer:
         timer.mark("mixing")
     with run.autocast():
@@ -47,7 +48,7 @@ def forward(run: Run, batch: Batch, seed: int, timer: StepTimer | None = None, r
         targets = run.attention.targets(logits, targets, mix[0])
         if timer:
             timer.mark("mixing")
-    loss: Tensor = run.criterion(logits.float(), targets)
+    loss: Tensor = run.criterion(logits.float(), targets.to(run.device, non_blocking=True))
     if timer:
         timer.mark("forward")
     return loss

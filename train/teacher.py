@@ -64,17 +64,18 @@ class BankEvidence(Evidence):
 class OnlineEvidence(Evidence):
     """The teacher looks at every crop."""
 
-    def __init__(self, teacher: ActivationTeacher, size: int, name: str) -> None:
+    def __init__(self, teacher: ActivationTeacher, size: int, name: str, device: torch.device) -> None:
         self.teacher = teacher
         self.size = size
         self.name = name
+        self.device = device
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        images = batch.images
+        images = batch.images.to(self.device)
         if images.shape[-1] != self.size:
             images = F.interpolate(images.float(), (self.size, self.size), mode="bicubic", antialias=True)
             images = images.round_().clamp_(0, 255).to(torch.uint8)
-        return {"maps": self.teacher(images, batch.labels)}
+        return {"maps": self.teacher(images, batch.labels.to(self.device)).to(batch.images.device)}
 
     def describe(self) -> str:
         return f"activation maps of {self.name}, run along on every crop"
@@ -175,7 +176,7 @@ def _teacher_evidence(args: argparse.Namespace, name: str, data: Data, device: t
         return open_bank(path, data, device, warped)
     teacher = _fit(args, data, device, loaded, path)
     if args.online:
-        return OnlineEvidence(teacher.maps, teacher.size, teacher.title)
+        return OnlineEvidence(teacher.maps, teacher.size, teacher.title, device)
     build_bank(teacher, data, device, args.num_workers)
     return open_bank(path, data, device, warped)
 
@@ -296,7 +297,7 @@ def _whole_images(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches (images on the device, ids, sizes) with a progress bar."""
     # A CPU keeps activations of 8 images in its caches and allocator; larger batches are half as fast there.
-    batch_size = 64 if device.type == "cuda" else 8
+    batch_size = 8 if device.type == "cpu" else 64
     loader = make_loader(_WholeImages(source, size, ids), batch_size, num_workers=workers)
     tqdm.write(f"{title} of {len(ids)} images")
     with tqdm(total=len(ids), desc=title, unit="image", leave=False, dynamic_ncols=True, disable=None) as bar:

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from pretend_cuda import pretended_gpus
-from pretend_tensor import State
+from pretend_tensor import PretendTensor, State
 from pretend_workers import train_on_pretended_gpus
 from torchvision.datasets import ImageFolder
 from train_helpers import assert_same_run, finish_all, launch, make_bank, make_folder, records, tiny
@@ -171,6 +171,45 @@ def test_a_teacher_makes_the_maps_that_it_makes_on_the_cpu(folder: Path, tmp_pat
         # A teacher on a GPU computes in bfloat16.
         assert (ours.values.float() - theirs.values.float()).abs().mean() < 1
     assert [name for name, *_ in now.launches] == ["mix_kernel"]
+
+
+@pytest.mark.parametrize("more", [
+    ["--evidence", "attention", "--accumulate", "2", "--picture"],
+    ["--teacher", "test_resnet", "--teacher-weights", "WEIGHTS", "--teacher-size", "64", "--online"],
+    ["--mixup-prob", "0.5", "--channels-last", "--opt", "lamb"],
+], ids=lambda more: " ".join(more[:2]))  # fmt: skip
+def test_a_device_without_kernels_and_float64_trains_what_the_cpu_mixes(
+    folder: Path, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What --device mps and xpu do, on a pretended GPU that has as little as they."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=4).state_dict(), tmp_path / "teacher.pth")
+    weights = str(tmp_path / "teacher.pth")
+    settings = [*PLAIN, "--epochs", "1", *(weights if word == "WEIGHTS" else word for word in more)]
+    train(parse(on("cpu", folder, tmp_path / "cpu", *settings)))
+    made = PretendTensor.__new__
+
+    def without_float64(kind: type, values: torch.Tensor, *rest: Any) -> PretendTensor:
+        if values.dtype == torch.float64:
+            raise TypeError("Cannot convert a tensor to float64: the device does not have it")
+        return made(kind, values, *rest)
+
+    monkeypatch.setattr(PretendTensor, "__new__", without_float64)
+    monkeypatch.setattr("train.run.mixing_device", lambda _: torch.device("cpu"))
+    for module in ("loop", "evaluate"):
+        monkeypatch.setattr(f"train.{module}.sum_dtype", lambda _: torch.float32)
+    now = run_on_gpu(folder, tmp_path / "gpu", *settings)
+    assert not now.launches
+    ours, theirs = (checkpoint.load(tmp_path / name / "last.pt") for name in ("gpu", "cpu"))
+    # A teacher on a GPU computes in bfloat16.
+    atol = 1e-4 if "--online" in more else 0
+    for key, value in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][key], value, rtol=0, atol=atol)
+    losses = [state["progress"]["history"][0] for state in (ours, theirs)]
+    for name in ("train_loss", "val_loss", "val_top1"):
+        assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-3 if atol else 1e-5)
+    if "--picture" in more:
+        assert (tmp_path / "gpu" / "mix.png").read_bytes() == (tmp_path / "cpu" / "mix.png").read_bytes()
 
 
 def test_devices_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> None:
