@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from mix_helpers import generator
 from PIL import Image
 from torch import nn
@@ -101,17 +102,22 @@ def test_timm(run):
 
 def test_torchvision(run):
     names = run("torchvision")
-    images, targets = names["images"], names["targets"]
-    assert images.shape == (4, 3, 224, 224) and ((targets > 0).sum(1) == 2).all()
-    own, _ = names["collate_fn"]([names["dataset"][n] for n in range(4)])
-    assert type(own) is names["tv_tensors"].Image
+    pictures = names["data_loader"].dataset
+    image, target = names["collate_fn"]([pictures[n] for n in range(4)])
+    assert image.shape == (4, 3, 224, 224) and ((target > 0).sum(1) == 2).all()
+    assert image.min() < 0, "not normalised"
+    assert names["hits"].shape == (4,) and names["loss"].isfinite()
+    torch.testing.assert_close(names["twice"], names["as_if"])
+    assert abs(names["twice"] - names["once"]) > 1e-4
+    assert type(names["images"]) is names["tv_tensors"].Image and names["targets"].shape == (4, CLASSES)
 
 
 def test_deit(run):
     names = run("DeiT")
     assert (names["positive"] == CLASSES).all()
     assert (names["both_labels"] <= 2).all()
-    assert names["loss"].isfinite()
+    assert names["loss"].isfinite() and names["bce_loss"].isfinite()
+    assert len(names["mixed_batches"]) == 4
 
 
 @needs("transformers")
@@ -162,15 +168,26 @@ def test_accelerate(run):
     assert len(run("accelerate")["mixed_batches"]) == 2
 
 
-def test_ddp_and_fsdp2(run, tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+def rank_of_ddp_and_fsdp2(rank, run, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         names = run("DDP and FSDP2")
-        assert len(names["mixed_batches"]) == 5
+        assert len(names["mixed_batches"]) == 5 and names["loss"].isfinite()
+        gradients = [parameter.grad.full_tensor() for parameter in names["parallel"].parameters()]
+        # What all ranks made is what each has, and ranks draw masks of their own.
+        targets = names["mixed_batches"][0][1][1]
+        for values, equal in ((gradients[-1], True), (targets, False)):
+            all_ranks = [torch.empty_like(values) for _ in range(2)]
+            dist.all_gather(all_ranks, values)
+            assert torch.equal(*all_ranks) == equal
         assert names["targets"].full_tensor().shape == (4, CLASSES) and names["targets"].placements[0].is_shard(0)
-        assert names["loss"].isfinite()
     finally:
         dist.destroy_process_group()
+
+
+def test_ddp_and_fsdp2(run, tmp_path):
+    mp.start_processes(rank_of_ddp_and_fsdp2, (run, tmp_path), nprocs=2, start_method="fork")
 
 
 def test_torch_compile(run, monkeypatch):
