@@ -14,6 +14,7 @@ COMMANDS = {
     "gpu": ("gpu", "time ours and others on a GPU, and sweep the launch shapes"),
     "host": ("host", "time the host's part of a call, without the launch"),
     "loader": ("loader", "time DeiT's training transform by timm and by this package, in a loader"),
+    "pipeline": ("pipeline", "count and time timm's whole input pipeline on the device and ours"),
     "growth": ("growth", "time a call on the CPU against batch, image size, grid and classes"),
     "count": ("ptx.count", "count registers, memory accesses and instructions of the compiled kernel"),
     "growth_counts": ("ptx.growth_counts", "count against batch, image size, grid and classes"),

@@ -228,6 +228,39 @@ def simulated_table(record: dict[str, Any]) -> str:
     return f"{head}\n\n{markdown([*columns, 'equal to the reference'], rows)}"
 
 
+def pipeline_table(record: dict[str, Any]) -> str:
+    cards = list(record["simulated_us"])
+    rows = []
+    for row in record["rows"]:
+        known = row["pipeline"] == "ours" and row["mix"] == "CutMix or tokens" and row["dtype"] == "float16"
+        line = [
+            f"{row['pipeline']}, {row['mix']}{', erasing' if row['erasing'] else ''}", row["dtype"],
+            f"{row['launches']:.0f}", f"{row['bytes']:.1f}",
+        ]  # fmt: skip
+        for card in cards:
+            line += [f"{row['us_of_bytes'][card]:.0f}", f"{record['simulated_us'][card]:.0f}" if known else ""]
+        rows.append(line)
+    columns = ["", "images", "launches", "bytes a value"]
+    for card in cards:
+        columns += [f"{card}: bytes alone, µs", "simulated, µs"]
+    timed = []
+    for row in record["cpu"]:
+        ratio = f"{row['ratio_p50']:.2f} ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
+        timed.append([row["mix"], f"{row['timm_ms']:.1f}", f"{row['ours_ms']:.1f}", ratio])
+    text = [shape_text(record[name]) for name in ("shape", "cpu_shape")]
+    return (
+        f"{text[0]}, uint8 in, counted: means of {record['draws']} batches, for ours of a quarter of them.\n\n"
+        f"{markdown(columns, rows)}\n\n"
+        f"{text[1]}, uint8 to float32, with erasing, CPU time: medians of {record['rounds']} interleaved batches.\n\n"
+        + markdown(("mix", "timm, ms", "ours, ms", "ratio (20 to 80 %)"), timed)
+    )
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    batch, *sides = shape
+    return f"B = {batch}, {'x'.join(map(str, sides))}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu": cpu_table,
     "simulated": simulated_table,
@@ -238,6 +271,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "growth_counts": growth_counts_table,
     "gpu": gpu_table,
     "fidelity": fidelity_table,
+    "pipeline": pipeline_table,
     "mixers": mixers_table,
 }
 PAGE, README = Path("docs/performance.md"), Path("README.md")
@@ -249,6 +283,7 @@ SOURCES = {
     "host": Path("bench/results/host.json"),
     "mixers": Path("train/results/mixers.json"),
     "loader": Path("bench/results/loader.json"),
+    "pipeline": Path("bench/results/pipeline.json"),
     "growth": Path("bench/results/growth.json"),
     "growth_counts": Path("bench/results/growth_counts.json"),
     "fidelity": Path("bench/results/fidelity.json"),

@@ -91,6 +91,7 @@ def test_every_section_is_tried_and_named_in_the_table():
 
 def test_timm(run):
     names = run("timm", maps=torch.rand(COUNT, 7, 7, generator=generator(1)))
+    assert type(names["one_line"]) is type(names["loader_train"])
     batches = list(names["loader_train"])
     assert [(images.shape, targets.shape) for images, targets in batches] == [((4, 3, 224, 224), (4, CLASSES))] * 2
     assert ((torch.cat([targets for _, targets in batches]) > 2e-4).sum(1) == 2).all(), "nothing was mixed"

@@ -238,6 +238,8 @@ class TokenMixLoader:
                 "loader must not mix in its collate function, or images are mixed twice: leave out "
                 f"collate_fn={type(self.loader.collate_fn).__name__}(...)"
             )
+        if getattr(getattr(self.loader, "dataset", None), "num_splits", 0) > 1:
+            raise ValueError("loader must not have augmentation splits: views of one image would be mixed with others")
         if isinstance(loader, prefetcher):
             given = {"device": device, "mean": mean, "std": std, "img_dtype": img_dtype}
             for name, value in given.items():

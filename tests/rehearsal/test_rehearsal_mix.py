@@ -5,7 +5,9 @@ import torch
 from mix_helpers import LAYOUTS, random_boxes, random_images
 from pretend_cuda import pretended_gpus
 from pretend_tensor import HostRead, held, no_host_reads, to_gpu
+from timm.data import FastCollateMixup
 from torch.utils._pytree import tree_flatten
+from torch.utils.data import Dataset
 
 from tokenmix_kernels import (
     TokenMix,
@@ -18,6 +20,7 @@ from tokenmix_kernels import (
     tokenmix,
 )
 from tokenmix_kernels.kernels import launch
+from tokenmix_kernels.timm_data import create_loader
 from tokenmix_kernels.timm_loader import TokenMixLoader
 
 BATCH, CLASSES = 6, 5
@@ -312,6 +315,35 @@ def test_a_loader_mixes_the_next_batch_on_the_gpu(gpu):
     for one, other in zip(got, expected, strict=True):
         assert_same(one, other)
     assert len(again) == 3
+
+
+def test_a_batch_of_timms_loader_is_one_launch_on_the_gpu(gpu, monkeypatch):
+    """What train.py gets with one import changed: a copy to the device, and one kernel."""
+    collate = FastCollateMixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=CLASSES)
+    dataset = [(image.numpy(), n % CLASSES) for n, image in enumerate(random_images((8, 3, 32, 32), torch.uint8))]
+    # timm's statistics are made on the device; its own loop is not used.
+    loader = create_loader(
+        Listed(dataset), (3, 32, 32), 4, is_training=True, collate_fn=collate, num_workers=0,
+        device=torch.device("cuda"), img_dtype=torch.float16, mix={"patch_size": 8},
+    )  # fmt: skip
+    before = len(gpu.launches)
+    batches = list(loader)
+    assert [name for name, *_ in gpu.launches[before:]] == ["mix_kernel"] * 2
+    for images, targets in batches:
+        assert images.is_cuda and images.dtype == torch.float16 and targets.shape == (4, CLASSES)
+
+
+class Listed(Dataset):
+    """Samples of a list; timm sets a transform, which is not used."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
 
 
 def test_a_second_launch_of_a_form_goes_to_the_compiled_kernel_at_once(gpu, monkeypatch):
