@@ -4,11 +4,12 @@ Triton decides at its import whether it interprets: `TRITON_INTERPRET=1 python -
 interpreter's process, any other process has the reference and, where there is one, the GPU.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
-from device_helpers import DEVICES, Device, missing
+from device_helpers import DEVICES, INTERPRETED, Device, missing
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -21,6 +22,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     here = [pytest.param(name, marks=marks[name]) for name in wanted if missing(name) is None]
     nowhere = pytest.mark.skip(reason=", or ".join(filter(None, map(missing, wanted))))
     metafunc.parametrize("device", here or [pytest.param(wanted[0], marks=nowhere)], indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out cases that the interpreter does not take: seconds each, and random mixes cover their combinations."""
+    if not INTERPRETED:
+        return
+    seen: Counter[str] = Counter()
+    taken, left_out = [], []
+    for item in items:
+        mark = item.get_closest_marker("interpreter_takes")
+        name = item.nodeid.partition("[")[0]
+        (left_out if mark and seen[name] % mark.kwargs["every"] else taken).append(item)
+        seen[name] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = taken
 
 
 @pytest.fixture

@@ -76,6 +76,7 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.interpreter_takes(every=3)
 @pytest.mark.parametrize("form", ["none", "own", "all", "topk"])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_every_draw_with_every_form_of_maps(device, draw, form):
@@ -85,6 +86,7 @@ def test_every_draw_with_every_form_of_maps(device, draw, form):
     assert_same(*both(device, random_images(SHAPE), labels_of(5), **options))
 
 
+@pytest.mark.interpreter_takes(every=3)
 @pytest.mark.parametrize("layout", ["channels_last", "batch_slice", "spatial_slice", "transposed", "offset"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8], ids=str)
 @pytest.mark.parametrize("draw", ["block", "cutmix"])
@@ -92,6 +94,7 @@ def test_every_layout_and_dtype(device, draw, dtype, layout):
     assert_same(*both(device, random_images((3, 3, 32, 48), dtype, layout), labels_of(3), **DRAWS[draw]))
 
 
+@pytest.mark.interpreter_takes(every=3)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("draw", ["block", "cutmix"])
@@ -109,6 +112,7 @@ def test_bytes_to_bfloat16_are_rounded_where_the_kernels_are_compiled(device):
     torch.testing.assert_close(got.images.cpu(), expected.images, rtol=2.0**-7, atol=0)
 
 
+@pytest.mark.interpreter_takes(every=5)
 @pytest.mark.parametrize(
     ("patch", "size"), [(4, (20, 12)), (8, (8, 72)), (14, (42, 28)), (16, (48, 80)), (32, (64, 96)), (4, (132, 16))]
 )
@@ -124,6 +128,7 @@ def test_a_grid_wider_than_a_word(device):
         assert_same(*both(device, images, labels_of(2), patch_size=4, mode="elem", mask_type=mask_type))
 
 
+@pytest.mark.interpreter_takes(every=4)
 @pytest.mark.parametrize("draw", ["block", "block, batch", "block, pair", "random", "cutmix"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_slice"])
 @pytest.mark.parametrize("batch", [1, 4, 5])
@@ -138,6 +143,7 @@ def test_in_place(device, draw, layout, batch):
     assert_same(apart, tokenmix(images, labels_of(batch), backend="reference", out=images, **options))
 
 
+@pytest.mark.interpreter_takes(every=5)
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("mask_type", ["block", "random", "cutmix"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8], ids=str)
@@ -163,6 +169,7 @@ def test_nothing_mixed_still_normalises(device):
     assert_close(got_targets, targets)
 
 
+@pytest.mark.interpreter_takes(every=2)
 @pytest.mark.parametrize("partner", [[3, 3, 1, 0, 2], [0, 1, 2, 3, 4], [1, 1, 1, 1, 1]])
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_any_partner(device, partner, mode):
@@ -262,6 +269,7 @@ def test_target_rows_of_any_width(device, classes):
     assert_same(*both(device, images, labels, **options))
 
 
+@pytest.mark.interpreter_takes(every=3)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("draw", ["block", "cutmix"])
 def test_each_channel_has_its_own_mean(device, draw, channels):
@@ -270,6 +278,7 @@ def test_each_channel_has_its_own_mean(device, draw, channels):
     assert_same(*both(device, images, labels_of(2), mean=mean, std=std, out_dtype=torch.float16, **DRAWS[draw]))
 
 
+@pytest.mark.interpreter_takes(every=5)
 @pytest.mark.parametrize(
     "into", ["contiguous", "channels_last", "batch_slice", "spatial_slice", "transposed", "offset"]
 )
