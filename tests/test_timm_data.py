@@ -25,7 +25,6 @@ FLAGS = {
     "--reprob 1": {"re_prob": 1.0},
     "--reprob 1 --remode pixel --recount 2": {"re_prob": 1.0, "re_mode": "pixel", "re_count": 2},
     "--aug-repeats 3, on one process": {"num_aug_repeats": 3, "distributed": True},
-    "--resplit": {"re_prob": 1.0, "re_split": True},
     "--no-aug": {"no_aug": True, "re_prob": 1.0},
     "--train-crop-mode rkrr --scale 1 1 --ratio 1 1": {"train_crop_mode": "rkrr", "scale": (1, 1), "ratio": (1, 1)},
     "--hflip 0 --vflip 1": {"hflip": 0.0, "vflip": 1.0},
@@ -81,10 +80,7 @@ def test_a_flag_gives_the_images_that_timm_gives(name, request):
         # timm rounds to the dtype at every step.
         atol = {torch.float32: 2e-6, torch.float16: 6e-3, torch.bfloat16: 5e-2}[images.dtype]
         if options.get("re_prob") and not options.get("no_aug"):
-            # What is erased is drawn anew; with --resplit nothing in the first half.
-            assert not torch.equal(images, plain)
-            same = len(images) // 2 if options.get("re_split") else 0
-            torch.testing.assert_close(images[:same], plain[:same], atol=atol, rtol=1e-5)
+            assert not torch.equal(images, plain), "what is erased is drawn anew"
             continue
         torch.testing.assert_close(images, plain, atol=atol, rtol=1e-5)
         assert torch.equal(targets.argmax(1), labels)
@@ -102,7 +98,7 @@ def test_flags_of_create_loader_are_all_tried_or_not_about_training():
     tried = {name for options in FLAGS.values() for name in options}
     elsewhere = {
         "dataset", "input_size", "batch_size", "is_training", "device", "collate_fn", "persistent_workers",  # in all
-        "num_aug_splits", "use_prefetcher",  # refused
+        "num_aug_splits", "re_split", "use_prefetcher",  # refused
         "crop_pct", "crop_mode", "crop_border_pixels", "tf_preprocessing",  # of evaluation
         "batch_choice_weights", "batch_choice_seed", "batch_choice_schedule", "batch_schedule_epochs",
         "batch_schedule_spread", "batch_schedule_random_mix",  # of the batch sampler, which is timm's
@@ -152,6 +148,7 @@ def test_the_lines_of_train_py():
 ERRORS = {
     "--no-prefetcher": ({"use_prefetcher": False}, ValueError, "use_prefetcher must be True"),
     "--aug-splits": ({"num_aug_splits": 3}, ValueError, "num_aug_splits must be 0"),
+    "--resplit": ({"re_prob": 0.25, "re_split": True}, ValueError, "re_split must be False"),
     "twice": ({"mix": {"mode": "elem", "patch_size": 8}}, ValueError, "mix must not have mode, which collate_fn has"),
     "ours": ({"collate_fn": TokenMixCollate(**settings())}, TypeError, "got a TokenMixCollate, which mixes in the"),
     "labels": ({"collate_fn": FastCollateMixup(multi_label=True)}, ValueError, "must not have multi_label=True"),

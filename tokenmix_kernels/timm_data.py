@@ -54,6 +54,8 @@ def create_loader(
         raise ValueError("use_prefetcher must be True, or the images are normalised before they are mixed")
     if given.arguments.get("num_aug_splits"):
         raise ValueError("num_aug_splits must be 0: views of one image would be mixed with those of others")
+    if given.arguments.get("re_split"):
+        raise ValueError("re_split must be False: images that are not erased would be mixed with those that are")
     if getattr(collate, "multi_label", False):
         raise ValueError("collate_fn must not have multi_label=True: labels are class numbers here")
     settings: dict[str, Any] = {
