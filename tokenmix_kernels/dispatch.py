@@ -46,6 +46,12 @@ def backend_of(images: Tensor) -> ModuleType:
     return kernels() if images.is_cuda else reference
 
 
+def check_float64(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a tensor on a device that has no float64, which the reference counts in."""
+    if tensor.device.type == "mps":
+        raise ValueError(f"{name} must be on the CPU, since mps has no float64: mix there, and move the result")
+
+
 def mix_into(
     module: ModuleType,
     images: Tensor,
@@ -73,6 +79,8 @@ def mix_into(
         raise ValueError("out must not be images where mean and std are given: only what moves is touched in place")
     if mask is None and settings.mask_type == "given":
         raise ValueError("mask must be given where mask_type is 'given'")
+    if settings.mean and images.dtype == torch.uint8:
+        check_float64("images in bytes that are normalised", images)
     if not images.is_cuda:
         check_values(labels, partner, evidence, settings.num_classes, in_place)
     if not (in_place or fresh) and shares_memory(images, out):
@@ -114,6 +122,7 @@ def implementations(module_of: Callable[[Tensor], ModuleType]) -> dict[str, Call
         labels: Tensor, partner: Tensor | None, num_classes: int, smoothing: float, *rest: Any
     ) -> Tensor:
         mix = AttentionMix(*rest)
+        check_float64("attention", mix.attention)
         if not labels.is_cuda:
             check_attention_values(mix, labels, partner, num_classes)
         return module_of(labels).attention_targets(mix, labels, partner, num_classes, smoothing)

@@ -314,9 +314,9 @@ def check_values(
     if evidence.ids is not None and evidence.maps is not None:
         check_range("ids", evidence.ids, evidence.maps.shape[0])
     if evidence.boxes is not None:
-        check_boxes(evidence.boxes.double(), evidence.box_format)
+        check_boxes(evidence.boxes.cpu().double(), evidence.box_format)
     if evidence.affines is not None:
-        check_affines(evidence.affines.double())
+        check_affines(evidence.affines.cpu().double())
 
 
 def check_boxes(boxes: Tensor, box_format: str) -> None:

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tokenmix_kernels import dispatch, reference
+from tokenmix_kernels.settings import Settings, as_text
 from train import checkpoint
 from train.config import parse
 from train.device import choose_device, mixing_device, start_processes, sum_dtype
@@ -43,6 +46,21 @@ def test_they_are_chosen_by_name_and_mix_on_the_cpu(others: list[Any]) -> None:
         choose_device("mps", local_rank=0)
     with pytest.raises(ValueError, match=r"--profile-mixers .*: not on mps"):
         profile_mixers(parse(["--device", "mps"]))
+
+
+def test_the_mix_itself_says_what_mps_cannot_do() -> None:
+    """(the trainer never asks for it)"""
+    bodies = dispatch.implementations(lambda _: reference)
+    text = as_text(Settings(num_classes=4, patch_size=8, mean=(1.0,) * 3, std=(1.0,) * 3))
+    with FakeTensorMode():
+        images = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device="mps")
+        labels = torch.empty(4, dtype=torch.int64, device="mps")
+        given = (labels, *[None] * 7, "xyxy", None, torch.tensor(1), 0, text)
+        with pytest.raises(ValueError, match="images in bytes that are normalised must be on the CPU, since mps"):
+            bodies["mix"](images, torch.float32, *given)
+        attention, mask = torch.empty(4, 16, device="mps"), torch.empty(4, 4, 4, dtype=torch.bool, device="mps")
+        with pytest.raises(ValueError, match="attention must be on the CPU, since mps"):
+            bodies["attention_targets"](labels, None, 4, 0.1, attention, mask, None, None, None, 0.5)
 
 
 @pytest.mark.parametrize("name", ["mps", "xpu"])
