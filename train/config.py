@@ -42,6 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="also write a checkpoint every so many steps within an epoch; 0: at epoch ends only",
     )
+    group.add_argument(
+        "--save-epochs",
+        type=int,
+        default=1,
+        metavar="EPOCHS",
+        help="write the checkpoint after every so many epochs, after those that are evaluated, and after the last",
+    )
     group.add_argument("--keep-best", action=yes_no, default=True, help="keep best.pt, by top-1 on the validation set")
     group.add_argument(
         "--init-from",
@@ -287,6 +294,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="train on this share of the images of each class only, chosen by --seed",
     )
     group.add_argument(
+        "--in-memory",
+        type=int,
+        default=None,
+        metavar="PIXELS",
+        help="read every image once, shrink it to so many pixels at its shorter side, and keep it in the memory of "
+        "each loader process, for small data sets; crops are cut from the kept image (default: read anew every time)",
+    )
+    group.add_argument(
+        "--shift-crops",
+        action=yes_no,
+        default=False,
+        help="weak augmentation at next to no cost: a crop of --input-size pixels of the kept image as they are, at a "
+        "random place and flipped as --hflip says; needs --in-memory",
+    )
+    group.add_argument(
         "--num-workers",
         type=int,
         default=10,
@@ -353,12 +375,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.cache = "runs/cache"
     if args.eval and not args.resume:
         parser.error("--eval needs the checkpoint to evaluate: --resume FILE")
-    for name in ("batch_size", "accumulate", "epochs", "log_every", "eval_every"):
+    for name in ("batch_size", "accumulate", "epochs", "log_every", "eval_every", "save_epochs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("mixup_off_epoch", "save_every", "max_steps", "num_workers", "threads"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
+    if args.in_memory is not None and args.in_memory < 1:
+        parser.error(f"--in-memory must be at least 1, got {args.in_memory}")
     try:
         check(args, given(argv))
     except ValueError as error:

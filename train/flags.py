@@ -18,12 +18,12 @@ FIXED = (
     "evidence", "attention_ratio", "maps", "teacher", "teacher_weights", "probe", "online", "teacher_size",
     "data", "train_split", "val_split", "num_classes", "train_num_samples", "val_num_samples", "data_kwargs",
     "holdout", "label_fraction", "skip_broken", "repeated_aug", "color_jitter", "aa", "scale", "hflip",
-    "train_interpolation", "reprob", "eval_crop_ratio",
+    "train_interpolation", "reprob", "eval_crop_ratio", "in_memory", "shift_crops",
 )  # fmt: skip
 # Obeyed from the resumed step on; the rest of the run is the same up to rounding of another device.
 FREE = (
-    "recipe", "output", "resume", "save_every", "keep_best", "eval", "replay", "profile_mixers", "device", "threads",
-    "log_every", "eval_every", "picture", "tensorboard", "log_wandb", "wandb_project",
+    "recipe", "output", "resume", "save_every", "save_epochs", "keep_best", "eval", "replay", "profile_mixers",
+    "device", "threads", "log_every", "eval_every", "picture", "tensorboard", "log_wandb", "wandb_project",
     "wandb_name", "wandb_tags", "wandb_resume_id", "traceback", "compile", "channels_last",
     "data_path", "cache", "num_workers",
 )  # fmt: skip

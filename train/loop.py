@@ -108,7 +108,8 @@ def end_epoch(run: Run, progress: Progress, seconds: float, boards: Boards | Non
         "lr": run.optimizer.param_groups[0]["lr"],
         "train_loss": progress.loss_sum / max(1, progress.step),
     }
-    if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == args.epochs:
+    evaluated = (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == args.epochs
+    if evaluated:
         models = {"val": run.model} | ({"ema": run.ema.module} if run.ema else {})
         for name, model in models.items():
             record |= {f"{name}_{key}": value for key, value in evaluate(run, model).items()}
@@ -119,11 +120,14 @@ def end_epoch(run: Run, progress: Progress, seconds: float, boards: Boards | Non
         progress.best, progress.best_epoch = score, record["epoch"]
     progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
     run.scheduler.step(progress.epoch)
-    save_checkpoint(run, progress)
+    saved = evaluated or progress.epoch % args.save_epochs == 0
+    if saved:
+        save_checkpoint(run, progress)
     if run.rank:
         return
     # A kill from here on loses nothing: `train` writes both again from last.pt.
-    write_derived(run, progress)
+    if saved:
+        write_derived(run, progress)
     if boards:
         boards.write(record)
     tqdm.write(

@@ -10,7 +10,7 @@ from . import checkpoint
 
 __all__ = ["DATA", "OWN", "TIMM_DATA", "checkpoint_flags", "data_name", "json_object", "typed"]
 
-DATA = ("elpv", "imagefolder", "cifar10", "cifar100")
+DATA = ("elpv", "digits", "imagefolder", "cifar10", "cifar100")
 TIMM_DATA = ("folder", "tar", "torch/NAME", "hfds/NAME", "hfids/NAME", "tfds/NAME", "wds/NAME")
 
 
@@ -41,7 +41,7 @@ def json_object(text: str) -> dict[str, Any]:
 # Not taken from a checkpoint: what this call does, where it writes, and on what.
 OWN = ("recipe", "output", "resume", "eval", "replay", "profile_mixers", "device", "threads", "amp", "init_from",
        "cache", "compile", "tensorboard", "log_wandb", "wandb_project", "wandb_name", "wandb_tags", "wandb_resume_id",
-       "traceback", "picture", "save_every", "keep_best")  # fmt: skip
+       "traceback", "picture", "save_every", "save_epochs", "keep_best")  # fmt: skip
 
 
 def checkpoint_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:

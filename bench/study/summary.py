@@ -12,11 +12,13 @@ from tokenmix_kernels.extras import require
 from train import files
 
 from .plan import Plan, Spec
+from .result import compact, rounded
 from .runner import finished
 
 __all__ = ["MEASURES", "interval", "load_summary", "save_summary", "summarise"]
 
 KIND = "study"
+LOSSES = {True: "binary cross-entropy", False: "cross-entropy"}
 
 
 class Measure(NamedTuple):
@@ -42,8 +44,9 @@ MEASURES = {
     "balanced": Measure("balanced, %", 1, 1, "selected", "balanced"),
     "nll": Measure("NLL, nats", -1, 3, "selected", "nll"),
     "ece": Measure("ECE, %", -1, 1, "selected", "ece"),
-    "train_top1": Measure("training top-1, %", 1, 1, "selected", "train_top1"),
-    "last_top1": Measure("top-1 of the last weights, %", 1, 1, "last", "top1"),
+    "last_top1": Measure("last: top-1, %", 1, 1, "last", "top1"),
+    "last_nll": Measure("last: NLL, nats", -1, 3, "last", "nll"),
+    "last_train_top1": Measure("last: training top-1, %", 1, 1, "last", "train_top1"),
 }
 
 
@@ -73,7 +76,7 @@ def over_images(run: dict[str, Any], other: dict[str, Any]) -> list[int]:
 
 def spec_name(run: dict[str, Any]) -> str:
     """Name of the run that a result is of."""
-    return Spec(run["mixer"], run["model"], run["label_fraction"], run["epochs"], run["seed"], ()).name
+    return Spec(run["mixer"], run["task"], run["label_fraction"], run["epochs"], run["seed"], ()).name
 
 
 def image_interval(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[float]:
@@ -113,6 +116,7 @@ def curves(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **{
             order: [[run["selected"]["top1"], *run["occlusion"][order]] for run in runs]
             for order in ("random", "evidence")
+            if order in runs[0]["occlusion"]
         },
     }
 
@@ -130,7 +134,7 @@ def summarise(plan: Plan, results: Path) -> dict[str, Any]:
     done = finished(plan, results)
     if not done:
         raise ValueError(f"--results {results} has no finished run of {plan.path} yet: run the study first")
-    baseline = plan.mixers[0]
+    baseline, tasks = plan.mixers[0], list(dict.fromkeys(spec.task for spec in plan.specs))
     settings = []
     for key in dict.fromkeys(spec.setting for spec in plan.specs):
         mine = [spec for spec in plan.specs if spec.setting == key]
@@ -141,35 +145,45 @@ def summarise(plan: Plan, results: Path) -> dict[str, Any]:
         if any(runs.values()):
             planned = {mixer: sum(spec.mixer == mixer for spec in mine) for mixer in plan.mixers}
             settings.append(one_setting(key, runs, baseline, planned))
-    first = next(iter(done.values()))
     path = plan.path.resolve()
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)
     summary = {
         "kind": KIND,
         "command": f"python -m bench.study --plan {shown}",
         "versions": {name: sorted({run[name] for run in done.values()}) for name in ("torch", "timm", "cpu")},
-        "data": first["args"]["data"],
-        "model": {key: first["args"][key] for key in ("model", "model_kwargs", "input_size")},
-        "loss": "binary cross-entropy" if first["args"]["bce_loss"] else "cross-entropy",
-        "images": {key: first["images"][key] for key in ("held_out", "test")},
-        "largest_class": 100 * max(Counter(first["test_labels"]).values()) / len(first["test_labels"]),
+        "loss": sorted({LOSSES[run["args"]["bce_loss"]] for run in done.values()}),
+        "tasks": {
+            task: about(next(run for run in done.values() if run["task"] == task))
+            for task in dict.fromkeys(spec.task for spec in plan.specs if spec.name in done)
+        },
         "runs": {"planned": len(plan.specs), "finished": len(done)},
         "seconds": round(sum(run["seconds"] for run in done.values())),
         "baseline": baseline,
         "mixers": list(plan.mixers),
         "settings": sorted(
-            settings, key=lambda setting: (setting["model"], setting["label_fraction"], setting["epochs"])
+            settings, key=lambda setting: (tasks.index(setting["task"]), setting["label_fraction"], setting["epochs"])
         ),
     }
     whole: dict[str, Any] = rounded(summary)
     return whole
 
 
+def about(run: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of a task share."""
+    labels = run["test_labels"]
+    return {
+        **{key: run["args"][key] for key in ("data", "model", "model_kwargs", "input_size", "batch_size")},
+        "images": {key: run["images"][key] for key in ("held_out", "test")},
+        "classes": run["classes"],
+        "largest_class": 100 * max(Counter(labels).values()) / len(labels),
+    }
+
+
 def one_setting(
     key: tuple[str, float, int], runs: dict[str, dict[int, dict[str, Any]]], baseline: str, planned: dict[str, int]
 ) -> dict[str, Any]:
     """The figures of the runs that differ only in mixer and seed."""
-    model, label_fraction, epochs = key
+    task, label_fraction, epochs = key
     mixers = {}
     for mixer, by_seed in runs.items():
         if not by_seed:
@@ -180,39 +194,20 @@ def one_setting(
             "planned": planned[mixer],
             **{name: estimate([read(run, measure) for run in mine]) for name, measure in MEASURES.items()},
             "held_out_top1": [run["selected_held_out_top1"] for run in mine],
+            "history": [run["history"] for run in mine],
             "selected_epoch": [run["selected_epoch"] for run in mine],
             "seconds": [run["seconds"] for run in mine],
             "occlusion": curves(mine),
             "difference": None if mixer == baseline else compare(by_seed, runs[baseline]),
         }
     return {
-        "model": model,
+        "task": task,
         "label_fraction": label_fraction,
         "epochs": epochs,
+        "updates": next(run["updates"] for by_seed in runs.values() for run in by_seed.values()),
         "train_images": next(run["images"]["train"] for by_seed in runs.values() for run in by_seed.values()),
         "mixers": mixers,
     }
-
-
-def rounded(value: Any) -> Any:
-    """`value` with all floats in it to four digits after the point."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
-def compact(value: Any, indent: int = 0) -> str:
-    """JSON with one line for each list or object that holds no other one, so that a diff shows what changed."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if not any(isinstance(item, dict | list) for item in items):
-        return json.dumps(value)
-    inner = " " * (indent + 1)
-    if isinstance(value, dict):
-        lines = [f"{inner}{json.dumps(key)}: {compact(item, indent + 1)}" for key, item in value.items()]
-        return "{\n" + ",\n".join(lines) + f"\n{' ' * indent}}}"
-    return "[\n" + ",\n".join(inner + compact(item, indent + 1) for item in value) + f"\n{' ' * indent}]"
 
 
 def save_summary(summary: dict[str, Any], path: Path) -> None:

