@@ -79,7 +79,8 @@ def occlusion(
         those with the most of it.
     """
     tokens = grid * grid
-    curves: dict[str, list[float]] = {"random": []} | ({} if evidence is None else {"evidence": []})
+    orders = ("random",) if evidence is None else ("random", "evidence")
+    curves: dict[str, list[float]] = {order: [] for order in orders}
     for share in shares:
         count = round(share * tokens)
         lam = 1 - count / tokens
