@@ -5,12 +5,12 @@ from typing import Any
 
 from tokenmix_kernels.extras import require
 
-__all__ = ["accuracy_plot", "occlusion_plot"]
+__all__ = ["accuracy_plot", "curves_plot", "occlusion_plot"]
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; the baseline is black.
 COLOURS = ("#000000", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DODGE = 1.075  # factor between neighbouring mixers' places on the axis of epochs, so that ranges do not overlap
+DODGE = 1.04  # factor between neighbouring mixers' places on the axis of epochs, so that ranges do not overlap
 SHIFT = 0.9  # of neighbouring mixers on the axis of blanked tokens, in percent
 
 
@@ -115,6 +115,31 @@ def draw_accuracy(ax: Any, summary: dict[str, Any], settings: list[dict[str, Any
     ax.set_xlim(ticks[0] / 1.6, ticks[-1] * 1.6)
 
 
+def curves_plot(summary: dict[str, Any], path: Path) -> None:
+    """Accuracy on the held-out images in the course of the longest training of each task and share of labels."""
+    groups = panels(summary)
+    pyplot, figure, axes = canvas(1, len(groups), 3.9)
+    for ax, (title, settings) in zip(axes[0], groups.items(), strict=True):
+        longest = longest_of(settings)
+        for mixer, figures in longest["mixers"].items():
+            runs = figures["history"]
+            tops = list(zip(*(run["held_out_top1"] for run in runs), strict=True))  # [evaluations][seeds]
+            look = style(summary, mixer)
+            ax.plot(runs[0]["epochs"], [sum(top) / len(top) for top in tops], markersize=4, linewidth=1.2, **look)
+        ax.set_title(f"{title.splitlines()[0]}, {longest['epochs']} epochs", fontsize=10)
+        ax.set_xlabel("epoch")
+    share_scale(axes[0], groups)
+    axes[0, 0].set_ylabel("held-out top-1, %")
+    legend(summary, pyplot, figure)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def longest_of(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """The longest training among those with the most mixers."""
+    return max(settings, key=lambda setting: (len(setting["mixers"]), setting["epochs"]))
+
+
 def occlusion_plot(summary: dict[str, Any], path: Path) -> None:
     """Top-1 against the share of blanked tokens, for each share of labels at its longest training."""
     groups = panels(summary)
@@ -122,7 +147,7 @@ def occlusion_plot(summary: dict[str, Any], path: Path) -> None:
     for row in axes:
         share_scale(row, groups)
     for column, (title, settings) in enumerate(groups.items()):
-        longest = max(settings, key=lambda setting: setting["epochs"])
+        longest = longest_of(settings)
         axes[0, column].set_title(f"{title.splitlines()[0]}, {longest['epochs']} epochs", fontsize=10)
         axes[1, column].set_xlabel("blanked tokens, %")
         for row, order in enumerate(("random", "evidence")):

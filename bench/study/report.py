@@ -7,7 +7,7 @@ from typing import Any
 from train import files
 
 from .plan import Plan
-from .plots import accuracy_plot, occlusion_plot
+from .plots import accuracy_plot, curves_plot, occlusion_plot
 from .summary import MEASURES, save_summary, summarise
 
 __all__ = ["page", "write_page", "write_report"]
@@ -25,7 +25,7 @@ def write_report(plan: Plan, results: Path, output: Path, summary_file: Path | N
     Args:
         plan: of the study.
         results: folder of its run files.
-        output: folder of study.md, study.png and study-occlusion.png.
+        output: folder of study.md and its plots.
         summary_file: where the figures go; default: study.json in `output`.
 
     Raises:
@@ -37,9 +37,10 @@ def write_report(plan: Plan, results: Path, output: Path, summary_file: Path | N
 
 
 def write_page(summary: dict[str, Any], output: Path) -> None:
-    """Write study.md, study.png and study-occlusion.png into `output`."""
+    """Write study.md, study.png, study-curves.png and study-occlusion.png into `output`."""
     output.mkdir(parents=True, exist_ok=True)
     accuracy_plot(summary, output / "study.png")
+    curves_plot(summary, output / "study-curves.png")
     occlusion_plot(summary, output / "study-occlusion.png")
     files.write_lines([page(summary)], output / "study.md")
 
@@ -62,10 +63,14 @@ def page(summary: dict[str, Any]) -> str:
         if compared := differences_table(summary, setting):
             parts.append(compared)
     parts += [
+        "## In the course of training",
+        "Accuracy on the held-out images at the evaluated epochs, mean over seeds: for each data set and share of the "
+        "labels, the longest training that has runs of the most mixers.",
+        "![Accuracy on held-out images against the epoch](study-curves.png)",
         "## With tokens blanked",
         "Tokens are set to the mean colour: drawn at random, or those with the most evidence first, by the activation "
-        "maps of one teacher for all runs, where there is one. Each share of the labels is shown at its longest "
-        "training. A curve below the dotted line does worse than always guessing the largest class.",
+        "maps of one teacher for all runs, where there is one. Each share of the labels is shown at the "
+        "same training as above. A curve below the dotted line does worse than always guessing the largest class.",
         "![Test accuracy against the share of blanked tokens](study-occlusion.png)",
         occlusion_table(summary),
         "## Run it again",
@@ -92,12 +97,12 @@ def introduction(summary: dict[str, Any]) -> str:
     tasks = "\n".join(f"* {about(name, task)}" for name, task in summary["tasks"].items())
     return (
         f"Small vision transformers, trained from scratch with {' or '.join(summary['loss'])}, label smoothing and "
-        "weak augmentation (shifted crops, and flips where they keep the class), on so few labels that the plain model "
-        f"can memorise them:\n\n{tasks}\n\n"
+        "weak augmentation (shifted crops, and flips where they keep the class), on few "
+        f"labels and for long, where the plain model overfits the most:\n\n{tasks}\n\n"
         "Every mixer was used alone: on every batch, without a Mixup branch. The weights were chosen on held-out "
         "training images; the test images were used once, after that. "
         f"{runs['finished']} of {runs['planned']} planned runs are finished; they took {hours(summary['seconds'])} of "
-        f"training, one thread each, at the lowest priority on a machine that did other work too.{so_far}"
+        f"training, one thread each, on a machine that did other work too.{so_far}"
     )
 
 
@@ -141,7 +146,7 @@ def top1_sentences(summary: dict[str, Any], pairs: Differences) -> Iterator[str]
     best = max(pairs, key=lambda pair: pair[2]["top1"]["mean"])
     yield (
         f"Top-1 is higher with a mixer than with {baseline} in {len(higher)} of {len(pairs)} comparisons of a mixer in "
-        f"a setting; the best of them is {best[1]} at {short(best[0])}: {points(best[2]['top1'])}."
+        f"a setting; the best of them is {best[1]} on {short(best[0])}: {points(best[2]['top1'])}."
     )
     sure = [pair[2]["top1"]["interval"] for pair in pairs if pair[2]["top1"]["interval"]]
     over_seeds = (
@@ -187,7 +192,8 @@ def other_sentences(summary: dict[str, Any], pairs: Differences) -> Iterator[str
         others = "; ".join(f"{mixer} {value:.1f}" for mixer, value in after.items() if mixer != baseline)
         yield (
             f"At the end of training with {baseline}, the largest gap between training and test top-1 on {task} is "
-            f"{after[baseline]:.1f} points, at {short(widest)}: {trained:.1f} % on the training images"
+            f"{after[baseline]:.1f} points, with {short(widest).partition(', ')[2]}: {trained:.1f} % on the training "
+            "images"
             + (f". The gap with mixers there: {others}." if others else ".")
         )
 
@@ -216,12 +222,13 @@ def caution(summary: dict[str, Any]) -> str:
         for name, task in summary["tasks"].items()
     ]
     return (
-        f"These are {len(sets)} small data set{'s' if len(sets) > 1 else ''} and small models. {' '.join(sets)} "
+        f"{'These are small data sets' if len(sets) > 1 else 'This is one small data set'} and small models. "
+        f"{' '.join(sets)} "
         f"{single} of {total} rows of the tables rest on one seed. Intervals are not corrected for their number: of 20 "
         "comparisons without any effect, one is expected to exclude zero. An interval over seeds says nothing about "
         "other test images, and an interval over test images nothing about other seeds. Learning rate, schedule and "
-        f"augmentation are those at which the plain model memorises; they were not tuned for any mixer. On digits "
-        "blanked tokens are grey, which no training image is."
+        "augmentation were set once with the plain model and tuned for no mixer. Blanked tokens are grey, which on "
+        "digits no background is."
     )
 
 

@@ -369,7 +369,7 @@ def test_the_page_counts_and_shows_what_the_figures_are(tmp_path: Path) -> None:
     assert "8 of 12 planned runs are finished; they took 8 minutes" in text
     assert "Top-1 is higher with a mixer than with none in 1 of 2 comparisons" in text
     assert (
-        "the best of them is Mixup at small, 50 % of the labels, 10 epochs: +2.0 points with 3 seeds, [-2.3, +6.3]"
+        "the best of them is Mixup on small, 50 % of the labels, 10 epochs: +2.0 points with 3 seeds, [-2.3, +6.3]"
         in text
     )
     assert "two seeds or more: 1; their 95 % interval over seeds is above zero in 0 and below zero in 0" in text
@@ -400,7 +400,7 @@ def test_page_and_plots_are_remade_without_the_runs(tmp_path: Path, capsys: pyte
     assert main([*given, "--report", str(first), "--summary", str(figures)]) == 0
     shutil.rmtree(tmp_path / "results")
     assert main(["--from-summary", str(figures), "--report", str(second)]) == 0
-    for name in ("study.md", "study.png", "study-occlusion.png"):
+    for name in ("study.md", "study.png", "study-curves.png", "study-occlusion.png"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert str(tmp_path) not in (first / "study.md").read_text() + figures.read_text()
     figures.write_text('{"kind": "cpu"}')
