@@ -193,8 +193,7 @@ def other_sentences(summary: dict[str, Any], pairs: Differences) -> Iterator[str
         yield (
             f"At the end of training with {baseline}, the largest gap between training and test top-1 on {task} is "
             f"{after[baseline]:.1f} points, with {short(widest).partition(', ')[2]}: {trained:.1f} % on the training "
-            "images"
-            + (f". The gap with mixers there: {others}." if others else ".")
+            "images" + (f". The gap with mixers there: {others}." if others else ".")
         )
 
 
