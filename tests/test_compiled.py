@@ -80,6 +80,7 @@ def case(
     ids: bool = False,
     flips: bool = False,
     seed: int | str = 1 << 40,
+    labels: torch.dtype | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     return locals()
@@ -134,6 +135,12 @@ OTHERS = {
     "top-k maps": case(maps="topk", boxes="xyxy", mode="elem"),
     "packed maps": case(maps="packed", boxes="crop"),
     "packed maps, published": case(maps="packed", boxes="crop_swapped", mask_type="cutmix", lam=-1.0),
+    "label rows": case(labels=torch.float32, mixup_alpha=0.8, switch_prob=0.5),
+    "label rows, bool, in place, clamped": case(labels=torch.bool, in_place=True, multi_label=True, clamp_targets=True),
+    "label rows, own maps": case(labels=HALF, maps="own", boxes="xyxy"),
+    "label rows, maps of all classes": case(labels=torch.float32, maps="all", mixup_alpha=0.8, switch_prob=0.5),
+    "label rows, top-k maps": case(labels=torch.float32, maps="topk", boxes="affines", multi_label=True),
+    "clamped": case(maps="own", boxes="xyxy", clamp_targets=True),
     "64x64 grid": case(shape=(3, 256, 256), patch_size=4),
     "not aligned": case(layout="offset"),
     "transposed": case(layout="transposed"),
@@ -174,7 +181,7 @@ def pixels(batch: int, shape: tuple[int, int, int], dtype: torch.dtype, layout: 
 
 
 def launch(
-    dtype, out_dtype, shape, layout, in_place, partner, maps, boxes, ids, flips, seed, settings
+    dtype, out_dtype, shape, layout, in_place, partner, maps, boxes, ids, flips, seed, labels, settings
 ) -> Launch:  # fmt: skip
     batch, classes = 128, 1000
     options = Settings(**({"num_classes": classes, "mode": "elem"} | settings))
@@ -209,9 +216,10 @@ def launch(
         torch.empty(batch, classes, device=META), torch.empty(batch, 2, device=META),
         torch.empty(batch, *grid, dtype=torch.bool, device=META), one_each(torch.uint8),
     )  # fmt: skip
+    rows = torch.empty(batch, classes, dtype=labels, device=META)
     nvidia = triton.runtime.driver.active.get_current_target().backend == "cuda"
     return kernels.prepare(
-        images, out, one_each(torch.int64), one_each(torch.int64, partner), evidence, mask, key, 0, options, results,
+        images, out, rows if labels else one_each(torch.int64), one_each(torch.int64, partner), evidence, mask, key, 0, options, results,
         tuple(images.shape), META, CARD if nvidia else None,
     )  # fmt: skip
 

@@ -49,6 +49,8 @@ def make_settings(
     label_smoothing: float = 0.1,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    multi_label: bool = False,
+    clamp_targets: bool = False,
 ) -> Settings:
     """Checked settings from a caller's arguments; `given` where the mask is an input, whatever mask_type says."""
     arguments.one_of("mask_type", mask_type, tuple(name for name, rule in MASK_RULES.items() if rule.drawn))
@@ -72,6 +74,8 @@ def make_settings(
         label_smoothing=arguments.as_number("label_smoothing", label_smoothing, 0, 1, "in [0, 1]"),
         mean=arguments.as_numbers("mean", mean),
         std=arguments.as_numbers("std", std),
+        multi_label=multi_label,
+        clamp_targets=clamp_targets,
     )
     inputs.check_settings(settings)
     return settings

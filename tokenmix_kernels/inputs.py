@@ -20,6 +20,7 @@ __all__ = ["Evidence", "Result", "TopKMaps", "check_form", "check_out", "check_s
 
 LONGEST_GRID = 64
 LARGEST_MAP = 64
+LARGEST_LABEL = 1.001  # rows that were divided by their sum may be rounded to just above 1
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.float64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAP_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
@@ -100,8 +101,9 @@ def check_settings(settings: Settings) -> None:
     """Raise ValueError for a setting out of its range."""
     one_of("mask_type", settings.mask_type, tuple(MASK_RULES))
     one_of("mode", settings.mode, tuple(MODES))
-    if not isinstance(settings.correct_lam, bool):
-        raise ValueError(f"correct_lam must be True or False, got {shown(settings.correct_lam)}")
+    for name in ("correct_lam", "multi_label", "clamp_targets"):
+        if not isinstance(getattr(settings, name), bool):
+            raise ValueError(f"{name} must be True or False, got {shown(getattr(settings, name))}")
     if settings.mixup_alpha == 0 and settings.cutmix_alpha == 0:
         raise ValueError("one of mixup_alpha and cutmix_alpha must be above 0, else there is nothing to mix")
     if settings.minmax and not (len(settings.minmax) == 2 and 0 <= settings.minmax[0] <= settings.minmax[1] <= 1):
@@ -206,9 +208,36 @@ def check_images(images: Tensor, settings: Settings) -> None:
         raise ValueError(f"images must have fewer than 2**31 values each, got {channels * height * width}")
 
 
-def check_labels(labels: Tensor, batch: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise TypeError or ValueError for labels that are not class numbers [B]."""
+def check_labels(
+    labels: Tensor,
+    batch: int,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    num_classes: int | None = None,
+    multi_label: bool = False,
+) -> None:
+    """Raise TypeError or ValueError for labels that are neither class numbers [B] nor rows [B, K].
+
+    Args:
+        dtypes: of class numbers. Rows may also be of any float dtype.
+        num_classes: K; None: any.
+        multi_label: rows are wanted, of yes or no for each class.
+    """
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        classes = labels.shape[1] if num_classes is None else num_classes
+        what = ", one class number for each image, or [B, num_classes], one value for each class"
+        if labels.shape != (batch, classes) or classes == 0:
+            raise ValueError(f"labels must be [{batch}]{what}, here [{batch}, {max(classes, 1)}], got {show(labels)}")
+        check_tensor("labels", labels, FLOATS + LABEL_DTYPES, device)
+        if classes > 1 and labels.stride(1) != 1:
+            raise ValueError("labels must be contiguous within a row; call labels.contiguous()")
+        return
     check_tensor("labels", labels, dtypes, device, (batch,), ", one class number for each image")
+    if multi_label:
+        raise ValueError(
+            f"labels must be [B, num_classes], one value for each class, where multi_label is True, got {show(labels)}; "
+            "leave multi_label out for class numbers"
+        )
 
 
 def check_partner(partner: Tensor, batch: int, device: torch.device) -> None:
@@ -268,7 +297,7 @@ def check_form(
     """Raise TypeError or ValueError for the first argument of a mix whose type, shape or device is wrong."""
     check_images(images, settings)
     batch, device = images.shape[0], images.device
-    check_labels(labels, batch, device, label_dtypes)
+    check_labels(labels, batch, device, label_dtypes, settings.num_classes, settings.multi_label)
     check_evidence(evidence, batch, device)
     maps = evidence.maps
     if maps is not None and maps.dim() == 4 and evidence.indices is None and maps.shape[1] != settings.num_classes:
@@ -296,14 +325,16 @@ def check_values(
     """Raise ValueError for the first value that is out of its range. Tensors must be on the CPU.
 
     Args:
-        labels: [B]; their range is [0, num_classes), or free where num_classes is None.
+        labels: [B]; their range is [0, num_classes), or free where num_classes is None. Or [B, K], values in [0, 1].
         partner: [B] in [0, B), its own inverse where the mix is in place.
         evidence: ids are rows of the maps, boxes (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1, affines invertible.
     """
     batch = len(labels)
-    if labels.is_floating_point() and not (labels == labels.round()).all():
+    if labels.dim() == 2:
+        check_rows(labels)
+    elif labels.is_floating_point() and not (labels == labels.round()).all():
         raise ValueError("labels must be whole class numbers, got fractions in the packed label maps")
-    if num_classes is not None:
+    if num_classes is not None and labels.dim() == 1:
         # aminmax does not know bool.
         check_range("labels", labels.byte() if labels.dtype == torch.bool else labels, num_classes)
     if partner is not None:
@@ -317,6 +348,15 @@ def check_values(
         check_boxes(evidence.boxes.cpu().double(), evidence.box_format)
     if evidence.affines is not None:
         check_affines(evidence.affines.cpu().double())
+
+
+def check_rows(labels: Tensor) -> None:
+    """Raise ValueError unless labels [B, K] are shares of classes or yes or no for each: in [0, 1]."""
+    low, high = (float(value) for value in torch.aminmax(labels.byte() if labels.dtype == torch.bool else labels))
+    if not (low >= 0 and high <= LARGEST_LABEL):
+        raise ValueError(
+            f"labels of {names(labels.dtype)} [B, num_classes] must be in [0, 1], got values from {low:g} to {high:g}"
+        )
 
 
 def check_boxes(boxes: Tensor, box_format: str) -> None:

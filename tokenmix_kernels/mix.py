@@ -51,7 +51,7 @@ class Mix(NamedTuple):
     Attributes:
         mask: [B, Gh, Gw] float32, the share of each token that was taken from the partner; 0 where a sample was blended
             or left as it is.
-        labels: [B] class numbers of the images themselves.
+        labels: [B] class numbers of the images themselves, or [B, K] as given.
         partner: [B] indices of the partners, whose labels are labels[partner]; None: the batch reversed.
         kind: [B] uint8, 0: left as it is, 1: blended (Mixup), above: mixed by the mask.
         lam: [B] float32, weight of the own label in the targets, before smoothing.
@@ -82,6 +82,8 @@ class TokenMix(nn.Module):
             Token masks always follow what was masked.
         label_smoothing: epsilon of the targets: the paper's for 'block' and 'random', else timm's.
         num_classes: K, classes of the targets.
+        multi_label: labels are [B, K], yes or no for each class, and are smoothed towards 1/2: y (1 - eps) + eps / 2, as
+            timm does. Labels [B, K] without it are shares of the classes, smoothed towards 1 / K as class numbers are.
         mask_type: the second branch: 'block' (several rectangles of tokens, the paper's), 'random' (single tokens),
             'grid' (square cells of tokens, MixPro's MaskMix with lam='beta') or 'cutmix' (one rectangle of pixels, as
             timm draws it).
@@ -96,6 +98,8 @@ class TokenMix(nn.Module):
         out_dtype: dtype of the mixed images; the images' own if not given, float32 for uint8 with mean and std.
         crop_axes: how the crop in a packed label-map batch is read: 'correct', or 'published' for the published code's,
             which takes top for left.
+        clamp_targets: targets are at most 1. Without, two images of one class, or with a class in common, may have more:
+            their weights by evidence need not add up to 1.
         return_mix: give a `Mix` as third result, from which `attention_targets` makes targets after the forward pass.
 
     Attributes:
@@ -120,6 +124,7 @@ class TokenMix(nn.Module):
         correct_lam: bool = True,
         label_smoothing: float = 0.1,
         num_classes: int = 1000,
+        multi_label: bool = False,
         *,
         mask_type: str = "block",
         minimum_tokens: int | None = None,
@@ -130,6 +135,7 @@ class TokenMix(nn.Module):
         std: Sequence[float] | None = None,
         out_dtype: torch.dtype | None = None,
         crop_axes: str = "correct",
+        clamp_targets: bool = False,
         return_mix: bool = False,
     ) -> None:
         super().__init__()
@@ -139,6 +145,7 @@ class TokenMix(nn.Module):
             # timm: with minmax the rectangle's size is not a matter of lam, and the branch is always on.
             cutmix_alpha=1.0 if cutmix_minmax is not None else cutmix_alpha, prob=prob, switch_prob=switch_prob,
             minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
+            multi_label=multi_label, clamp_targets=clamp_targets,
         )  # fmt: skip
         self.return_mix = bool(return_mix)
         self.settings = self.settings._replace(shares=self.return_mix)
@@ -228,6 +235,8 @@ def tokenmix(
     cutmix_alpha: float = 1.0,
     cutmix_minmax: Sequence[float] | None = None,
     correct_lam: bool = True,
+    multi_label: bool = False,
+    clamp_targets: bool = False,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     out: Tensor | None = None,
@@ -250,11 +259,14 @@ def tokenmix(
             the batch each rank mixes its own shard, and the results are DTensors of the same placements; labels, maps,
             boxes and the like are then placed as images are, or are plain tensors of the rank's shard, and partner
             indices count within it.
-        labels: [B] class numbers of any integer dtype or bool; or a packed label-map batch [B, 3, k, h, w] float32 of
+        labels: [B] class numbers of any integer dtype or bool, the fast way; or [B, K] of any float or integer dtype or
+            bool, in [0, 1]: one-hot, soft (shares of the classes), or with multi_label yes or no for each class, mixed
+            in the same launch: w_own y_own + w_partner y_partner, each side smoothed. Or a packed label-map batch [B, 3, k, h, w] float32 of
             TokenLabeling and the published TokenMix, which holds values, class numbers, crop and label.
         num_classes: K.
         maps: activation maps: of the own label [B, h, w], of all classes [B, K, h, w], or `TopKMaps`; up to 64x64
-            cells. Without maps, or for an image whose map has no positive sum, weights are shares of the area.
+            cells. Beside labels [B, K], maps of several classes weigh each class by its own map (what is 0 in the labels
+            costs nothing), and the weights that are returned are means by the labels. Without maps, or for an image whose map has no positive sum, weights are shares of the area.
         boxes: [B, 4] (x0, y0, x1, y1) in [0, 1]: the part of its map that an image shows. Without, all of it.
         ids: [B] int64 or int32 rows of `maps`, which then holds the maps of more images than the batch's: a whole
             data set's (`MapBank.values`, which may be bytes: a map's scale does not matter).
@@ -264,7 +276,7 @@ def tokenmix(
         mask: [B, Gh, Gw] bool, True = from the partner; drawn if not given.
         partner: [B] int64 or int32 indices; the batch reversed if not given.
         patch_size, lam, minimum_tokens, grid_cell, mask_type, mode, label_smoothing, cutmix_alpha, cutmix_minmax,
-            correct_lam, mean, std, out_dtype, crop_axes: as for `TokenMix`.
+            correct_lam, multi_label, clamp_targets, mean, std, out_dtype, crop_axes: as for `TokenMix`.
         seed: key of all draws, an integer or a 0-d int64 tensor on the CPU or on the images' device. Drawn from
             torch's CPU generator, or `generator`, if not given. The same seed gives the same masks on every device.
         generator: where a seed that is not given comes from. In a worker of a DataLoader, where all workers have a copy
@@ -288,7 +300,7 @@ def tokenmix(
         num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, given=mask is not None, mode=mode, lam=lam,
         minimum_tokens=minimum_tokens, grid_cell=grid_cell, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0,
         switch_prob=1.0, minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean,
-        std=std,
+        std=std, multi_label=multi_label, clamp_targets=clamp_targets,
     )  # fmt: skip
     mixed, result = run(
         images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, crop_format(crop_axes)), mask, partner,
@@ -363,7 +375,8 @@ def pool_targets(
 
     Args:
         maps: [B, h, w], [B, K, h, w] or `TopKMaps`, as for `tokenmix`.
-        labels: [B] class numbers of any integer dtype or bool.
+        labels: [B] class numbers of any integer dtype or bool, or [B, K] as for `tokenmix`, which needs maps of one class
+            (its own) or of several: then each class is weighed by its map, and what is returned is the mean by labels.
         mask: [B, Gh, Gw] bool, True = from the partner.
         boxes, ids, flips, affines, partner, backend: as for `tokenmix`.
 
@@ -385,7 +398,8 @@ def pool_targets(
         raise TypeError("maps must be a torch.Tensor or TopKMaps, got None")
     evidence = Evidence(values, indices, ids, boxes, flips, affines)
     inputs.check_evidence(evidence, batch, device)
-    inputs.check_labels(labels, batch, device, inputs.LABEL_DTYPES)
+    all_classes = values.shape[1] if values.dim() == 4 and indices is None else None
+    inputs.check_labels(labels, batch, device, inputs.LABEL_DTYPES, all_classes)
     if partner is not None:
         inputs.check_partner(partner, batch, device)
     module = named_backend(backend, device)

@@ -66,7 +66,7 @@ def mix_kernel(
             if side < 0:
                 look_ahead_of_pixels(images, strides.images, normalisation, i, program, GRID, LAYOUT, TILE)
         if side >= 0:
-            look_ahead_of_targets(pairs, evidence, i, j, side, MAPS)
+            look_ahead_of_targets(pairs, evidence, i, j, side, RULE, MAPS)
     if (side >= 0) | (not LAYOUT.IN_PLACE) | (i < j):
         drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, ratios, MASK_RULE, GRID, RULE)
         if side >= 0:

@@ -68,7 +68,7 @@ class Normalisation(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """labels [B] with their stride, partner [B] (or None: the batch reversed)."""
+    """labels [B] or [B, K] with their batch stride, partner [B] (or None: the batch reversed)."""
 
     labels: Any
     labels_stride: Any
@@ -176,7 +176,7 @@ class Tile(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The constants of `Settings`: see `launch.rule_of`."""
+    """The constants of `Settings`: see `launch.fixed_part`. LABEL_ROWS: labels are [B, K]."""
 
     K: int
     MODE: int
@@ -188,6 +188,9 @@ class Rule(NamedTuple):
     HAS_MINMAX: bool
     LAM_WEIGHTS: bool
     DRAW_EACH: bool
+    LABEL_ROWS: bool
+    MULTI_LABEL: bool
+    CLAMP: bool
 
 
 class MapForm(NamedTuple):

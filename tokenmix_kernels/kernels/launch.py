@@ -146,7 +146,7 @@ def normalisation(
 def fixed_part(
     shape: tuple[int, ...], strides: tuple[int, ...], out_strides: tuple[int, ...], in_bytes: int, out_bytes: int,
     alignment: int, moves: bool, plain: bool, in_place: bool, map_shape: tuple[int, ...], map_vec: int, box_step: int,
-    box_format: str, settings: Settings, device: torch.device, card: Card,
+    box_format: str, label_rows: bool, settings: Settings, device: torch.device, card: Card,
 ) -> Fixed:  # fmt: skip
     """What is the same for all launches of this form."""
     batch, channels, height, width = shape
@@ -180,6 +180,9 @@ def fixed_part(
         HAS_MINMAX=bool(settings.minmax),
         LAM_WEIGHTS=not (rule.whole_tokens or map_shape or settings.correct_lam or settings.minmax),
         DRAW_EACH=not rule.drawn or mode not in (BATCH, PAIR),
+        LABEL_ROWS=label_rows,
+        MULTI_LABEL=settings.multi_label,
+        CLAMP=settings.clamp_targets,
     )
     maps_group = MapForm(
         MH=map_shape[-2] if map_shape else 1,
@@ -281,7 +284,7 @@ def prepare(
     fixed = fixed_part(
         shape, strides, out_strides, in_bytes, out_bytes, alignment, images is not None, plain,
         images is not None and images is out, map_shape, map_vec, 0 if boxes is None else boxes.stride(1),
-        evidence.box_format, settings, device, card_of(device) if card is None else card,
+        evidence.box_format, labels is not None and labels.dim() == 2, settings, device, card_of(device) if card is None else card,
     )  # fmt: skip
     seed_low, seed_high = halves(seed)
     pointers = EvidencePointers(
@@ -367,7 +370,8 @@ def token_mask(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: i
 
 def pool_targets(evidence: Evidence, labels: Tensor, mask: Tensor, partner: Tensor | None) -> Tensor:
     """Weights alone, [B, 2] fp32 (own, partner), for masks that are already there."""
-    settings = Settings(num_classes=1, patch_size=1, mask_type="given")
+    classes = labels.shape[1] if labels.dim() == 2 else 1
+    settings = Settings(num_classes=classes, patch_size=1, mask_type="given")
     weights = torch.empty(len(mask), 2, dtype=torch.float32, device=mask.device)
     results = Results(None, weights, None, None)
     seed = torch.zeros((), dtype=torch.int64, device="cpu")

@@ -48,10 +48,13 @@ def look_ahead_of_pixels(
 
 
 @triton.jit
-def look_ahead_of_targets(pairs, evidence, i, j, side, MAPS: tl.constexpr):
+def look_ahead_of_targets(pairs, evidence, i, j, side, RULE: tl.constexpr, MAPS: tl.constexpr):
     """Prefetch labels, box and maps of one side of a pair."""
     n = tl.where(side == 0, i, j)
-    if pairs.labels is not None:
+    if RULE.LABEL_ROWS:
+        LABEL_SIZE: tl.constexpr = (pairs.labels.dtype.element_ty.primitive_bitwidth + 7) // 8
+        prefetch_bytes(pairs.labels + n * pairs.labels_stride, RULE.K * LABEL_SIZE)
+    elif pairs.labels is not None:
         prefetch(pairs.labels + i * pairs.labels_stride)
         prefetch(pairs.labels + j * pairs.labels_stride)
     if evidence.boxes is not None:

@@ -58,6 +58,114 @@ def write_row(targets, begin, side, mine, theirs, rest, raised, K: tl.constexpr)
 
 
 @triton.jit
+def raise_label(weight, kind, smoothing, RULE: tl.constexpr):
+    """What a label of this weight adds to its class in the targets, before the share that every class has."""
+    timm = weight * (1.0 - smoothing)
+    return tl.where(kind > CONST.value.MIXUP, weight - smoothing * 0.5, timm) if RULE.AS_IN_PAPER else timm
+
+
+@triton.jit
+def is_by_lam(drawn, RULE: tl.constexpr):
+    """Whether lam weighs the labels: of samples that are blended or left, and by the rules that say so."""
+    by_lam = drawn.kind <= CONST.value.MIXUP
+    if RULE.LAM_WEIGHTS:
+        by_lam = drawn.kind >= 0
+    return by_lam
+
+
+@triton.jit
+def clamp(target, RULE: tl.constexpr):
+    """At most 1 where the settings say so. What is not a number stays so."""
+    return tl.where(target > 1.0, 1.0, target) if RULE.CLAMP else target
+
+
+@triton.jit
+def weigh_classes(
+    evidence, source, label, column, weight, by_lam, share, area, TOKENS: tl.constexpr, GRID: tl.constexpr,
+    RULE: tl.constexpr, MAPS: tl.constexpr,
+):  # fmt: skip
+    """The weight of each class of a block by its own map, [BLOCK] fp32; where lam weighs or a label is 0, `weight`.
+
+    Maps of classes whose label is 0 are not read.
+    """
+    weights = column * 0.0 + weight
+    left = (label != 0.0) & (column < RULE.K) & ~by_lam
+    c = tl.min(tl.where(left, column, RULE.K), 0)
+    while c < RULE.K:
+        pooled = pool(evidence, source, c.to(tl.int64), share, area, TOKENS, GRID, MAPS)
+        weights = tl.where(column == c, pooled, weights)
+        left = left & (column > c)
+        c = tl.min(tl.where(left, column, RULE.K), 0)
+    return weights
+
+
+@triton.jit
+def write_rows(
+    pairs,
+    evidence,
+    results,
+    i,
+    j,
+    drawn,
+    taken,
+    moved,
+    smoothing,
+    GRID: tl.constexpr,
+    RULE: tl.constexpr,
+    MAPS: tl.constexpr,
+):
+    """Weights and targets of labels [B, K]: the sum of both rows, each times what it is raised by.
+
+    Maps of several classes weigh each class by its own map; all other weights are the same for a row.
+    """
+    TOKENS: tl.constexpr = taken.shape[0]
+    AREA: tl.constexpr = GRID.GH * GRID.GW if RULE.WHOLE_TOKENS else GRID.H * GRID.W
+    K: tl.constexpr = RULE.K
+    BY_CLASS: tl.constexpr = MAPS.CLASSES > 0
+    BLOCK: tl.constexpr = min(256 if BY_CLASS else 1024, triton.next_power_of_2(K))
+    by_lam = is_by_lam(drawn, RULE)
+    rest = tl.div_rn(tl.cast(smoothing, tl.float32), tl.full([], 2 if RULE.MULTI_LABEL else K, tl.float32))
+    sides = tl.arange(0, 2)
+    areas = tl.where(sides == 0, AREA - moved, moved).to(tl.float32) * (1.0 / AREA)
+    by_area = tl.where(by_lam, tl.where(sides == 0, drawn.lam, 65536 - drawn.lam).to(tl.float32) * CONST.value.UNIT, areas)
+    weights = by_area  # [2]
+    if evidence.maps is not None and not BY_CLASS:
+        n = 0
+        while n < 2:
+            own = n == 0
+            share, area = tl.where(own, 1.0 - taken, taken), tl.sum(tl.where(sides == n, areas, 0.0), 0)
+            pooled = pool(evidence, tl.where(own, i, j), -1, share, area, TOKENS, GRID, MAPS)
+            weights = tl.where((sides == n) & ~by_lam, pooled, weights)
+            n += 1
+    total, weighed = sides * 0.0, sides * 0.0
+    for start in range(0, K, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        target = column * 0.0 + rest
+        n = 0
+        while n < 2:
+            own = n == 0
+            source = tl.where(own, i, j)
+            label = tl.load(pairs.labels + source * pairs.labels_stride + column, column < K, 0).to(tl.float32)
+            weight = tl.sum(tl.where(sides == n, weights, 0.0), 0)
+            if BY_CLASS:
+                share, area = tl.where(own, 1.0 - taken, taken), tl.sum(tl.where(sides == n, areas, 0.0), 0)
+                weight = weigh_classes(
+                    evidence, source, label, column, weight, by_lam, share, area, TOKENS, GRID, RULE, MAPS
+                )  # fmt: skip
+                if results.weights is not None:
+                    total += tl.where(sides == n, tl.sum(label, 0), 0.0)
+                    weighed += tl.where(sides == n, tl.sum(weight * label, 0), 0.0)
+            target += raise_label(weight, drawn.kind, smoothing, RULE) * label
+            n += 1
+        if results.targets is not None:
+            tl.store(results.targets + i * K + column, clamp(target, RULE), column < K)
+    if results.weights is not None:
+        if BY_CLASS:
+            weights = tl.where(total > 0, tl.div_rn(weighed, tl.where(total > 0, total, 1.0)), weights)
+        tl.store(results.weights + i * 2 + sides, weights)
+
+
+@triton.jit
 def write_targets(
     pairs,
     evidence,
@@ -73,7 +181,7 @@ def write_targets(
 ):
     """Pool one side of a pair (side 0: the own image, 1: the partner) and write its half of the target row.
 
-    Where both have one label, side 0 pools both.
+    Where both have one label, side 0 pools both; of labels [B, K] it writes all.
     """
     COUNT: tl.constexpr = GRID.GH * GRID.GW
     TOKENS: tl.constexpr = triton.next_power_of_2(COUNT)
@@ -88,13 +196,17 @@ def write_targets(
         tl.store(results.kind + i, drawn.kind.to(tl.uint8))
     if results.weights is None and results.targets is None:
         return
+    moved = drawn.tokens if RULE.WHOLE_TOKENS else (drawn.bottom - drawn.top) * (drawn.right - drawn.left)
+    if RULE.LABEL_ROWS:
+        if side == 0:
+            write_rows(pairs, evidence, results, i, j, drawn, taken, moved, smoothing, GRID, RULE, MAPS)
+        return
     label_i = tl.load(pairs.labels + i * pairs.labels_stride).to(tl.int64)
     label_j = tl.load(pairs.labels + j * pairs.labels_stride).to(tl.int64)
     same = label_i == label_j
     AWAY: tl.constexpr = CONST.value.AWAY
     column_i = tl.where((label_i >= 0) & (label_i < K), label_i, AWAY).to(tl.int32)
     column_j = tl.where((label_j >= 0) & (label_j < K) & ~same, label_j, AWAY).to(tl.int32)
-    moved = drawn.tokens if RULE.WHOLE_TOKENS else (drawn.bottom - drawn.top) * (drawn.right - drawn.left)
     n = side
     last = tl.where(same, 2 - 2 * side, side + 1)
     raised = tl.zeros([], tl.float32)
@@ -106,18 +218,14 @@ def write_targets(
             evidence, tl.where(own, i, j), tl.where(own, label_i, label_j), share, area, TOKENS, GRID, MAPS
         )  # fmt: skip
         lam_weight = tl.where(own, drawn.lam, 65536 - drawn.lam).to(tl.float32) * CONST.value.UNIT
-        by_lam = drawn.kind <= CONST.value.MIXUP
-        if RULE.LAM_WEIGHTS:
-            by_lam = drawn.kind >= 0
-        weight = tl.where(by_lam, lam_weight, weight)
+        weight = tl.where(is_by_lam(drawn, RULE), lam_weight, weight)
         if results.weights is not None:
             tl.store(results.weights + i * 2 + n, weight)
-        timm = weight * (1.0 - smoothing)
-        raised += tl.where(drawn.kind > CONST.value.MIXUP, weight - smoothing * 0.5, timm) if RULE.AS_IN_PAPER else timm
+        raised += raise_label(weight, drawn.kind, smoothing, RULE)
         n += 1
     if results.targets is not None:
         # The side again, from where the loop stopped: a register less while it runs.
         side = tl.where(same, 2 - n, n - 1)
         rest = tl.div_rn(smoothing, tl.full([], K, tl.float32))
         mine, theirs = tl.where(side == 0, column_i, column_j), tl.where(side == 0, column_j, column_i)
-        write_row(results.targets, i * K, side, mine, theirs, rest, rest + raised, K)
+        write_row(results.targets, i * K, side, mine, theirs, rest, clamp(rest + raised, RULE), K)

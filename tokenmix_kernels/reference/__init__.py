@@ -12,7 +12,7 @@ from .attention import attention_targets
 from .draw import CPU, Draw, draw, partner_of
 from .evidence import pool, pool_tokens
 from .pixels import mix_pixels, swap_pixels
-from .targets import taken_share, write_targets, write_weights
+from .targets import as_labels, row_weights, taken_share, write_targets, write_weights
 
 __all__ = ["Draw", "attention_targets", "draw", "mix", "pool_targets", "pool_tokens", "token_mask"]
 
@@ -30,7 +30,7 @@ def mix(
 ) -> Result:
     """Mix a batch into `out`, in place where that is `images`; partners must then be mutual."""
     device = images.device
-    labels = labels.to(CPU, torch.int64)
+    labels = as_labels(labels)
     pairs = partner_of(partner, len(images))
     drawn = draw(int(seed), sample_offset, pairs, mask, images.shape[2], images.shape[3], settings)
     if out is images:
@@ -39,6 +39,7 @@ def mix(
         mix_pixels(images, out, pairs, drawn, settings)
     weights = write_weights(evidence, labels, pairs, drawn, settings)
     targets = write_targets(weights, labels, pairs, drawn, settings)
+    weights = row_weights(weights, labels, pairs)
     kind = torch.tensor(drawn.kind, dtype=torch.uint8, device=CPU)
     mask = taken_share(drawn, settings).float() if settings.shares else drawn.mask
     return Result(targets.to(device), mask.to(device), weights.to(device), kind.to(device))
@@ -53,4 +54,5 @@ def token_mask(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: i
 def pool_targets(evidence: Evidence, labels: Tensor, mask: Tensor, partner: Tensor | None) -> Tensor:
     """Weights alone, [B, 2] fp32 (own, partner), for masks that are already there."""
     pairs = partner_of(partner, len(mask))
-    return pool(evidence, labels.to(CPU, torch.int64), pairs, mask.to(CPU).double()).float()
+    labels = as_labels(labels)
+    return row_weights(pool(evidence, labels, pairs, mask.to(CPU).double()).float(), labels, pairs)

@@ -12,6 +12,7 @@ from .draw import CPU, counting
 
 __all__ = ["pool", "pool_tokens"]
 
+MOST_AT_ONCE = 4096  # maps that are pooled together
 MOST_SAMPLES = 64.0  # of a map along one axis of a token
 
 
@@ -27,7 +28,12 @@ def own_map(evidence: Evidence, labels: Tensor) -> Tensor:
         ids = evidence.ids.to(maps.device, torch.int64)
         listed = (ids >= 0) & (ids < len(maps))
         ids = torch.where(listed, ids, 0)
-        maps, indices = maps[ids], None if indices is None else indices[ids]
+        if maps.dim() == 4 and indices is None:  # of all classes, one is read
+            known = (labels >= 0) & (labels < maps.shape[1])
+            maps = maps[ids, labels.clamp(0, maps.shape[1] - 1).to(maps.device)]
+            listed = listed & known.to(maps.device)
+        else:
+            maps, indices = maps[ids], None if indices is None else indices[ids]
     maps = maps.to(CPU)
     if indices is not None:
         own = torch.zeros(len(maps), *maps.shape[2:], dtype=torch.float64, device=CPU)
@@ -140,14 +146,45 @@ def pool(evidence: Evidence, labels: Tensor, partner: Tensor, taken: Tensor) -> 
 
     `taken` [B, Gh, Gw] float64 is the share of each token that comes from the partner. An image without evidence (its
     sum is not a positive number) has its share of the area.
+
+    Labels [B, K] beside maps of several classes: [B, 2, K], see `pool_classes`.
     """
     if evidence.maps is None:
         return areas(taken)
+    if labels.dim() == 2 and evidence.maps.dim() == 4:
+        return pool_classes(evidence, labels, partner, taken)
     pooled = pool_tokens(evidence, labels, (taken.shape[1], taken.shape[2]))
     total = pooled.sum((1, 2))
     kept = torch.stack([pooled * (1 - taken), pooled[partner] * taken], 1).sum((2, 3))  # [B, 2]
     total = torch.stack([total, total[partner]], 1)
     return torch.where((total > 0) & (total < torch.inf), kept / (total + 1e-8), areas(taken))
+
+
+def pool_classes(evidence: Evidence, labels: Tensor, partner: Tensor, taken: Tensor) -> Tensor:
+    """`pool` for each class of labels [B, K], by its own map: [B, 2, K] float64.
+
+    Maps of classes whose label is 0 are not read: they have the share of the area.
+    """
+    area = areas(taken)
+    weights = area[:, :, None].repeat(1, 1, labels.shape[1])
+    grid = (taken.shape[1], taken.shape[2])
+    for side, (source, share) in enumerate(((counting(len(labels)), 1 - taken), (partner, taken))):
+        for rows, classes in zip(*(part.split(MOST_AT_ONCE) for part in labels[source].nonzero(as_tuple=True)), strict=True):
+            pooled = pool_tokens(of_images(evidence, source[rows]), classes, grid)
+            total, kept = pooled.sum((1, 2)), (pooled * share[rows]).sum((1, 2))
+            known = (total > 0) & (total < torch.inf)
+            weights[rows, side, classes] = torch.where(known, kept / (total + 1e-8), area[rows, side])
+    return weights
+
+
+def of_images(evidence: Evidence, images: Tensor) -> Evidence:
+    """The evidence of the images with these places in the batch, which may repeat."""
+    chosen = {
+        name: None if value is None else value[images.to(value.device)]
+        for name, value in evidence._asdict().items()
+        if name in ("ids", "boxes", "flips", "affines")
+    }
+    return evidence._replace(**{**chosen, "ids": images if evidence.ids is None else chosen["ids"]})
 
 
 def areas(taken: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from ..settings import COPY, MASK_RULES, MIXUP, Settings
 from .draw import CPU, Draw, coverage
 from .evidence import pool
 
-__all__ = ["taken_share", "write_targets", "write_weights"]
+__all__ = ["as_labels", "row_weights", "taken_share", "write_targets", "write_weights"]
 
 
 def taken_share(drawn: Draw, settings: Settings) -> Tensor:
@@ -23,8 +23,16 @@ def taken_share(drawn: Draw, settings: Settings) -> Tensor:
     return taken
 
 
+def as_labels(labels: Tensor) -> Tensor:
+    """Labels on the CPU: class numbers [B] int64, or rows [B, K] float32."""
+    return labels.to(CPU, torch.int64 if labels.dim() == 1 else torch.float32)
+
+
 def write_weights(evidence: Evidence, labels: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> Tensor:
-    """Weights [B, 2] fp32 (own, partner): lam for Mixup, evidence or area for what was taken from the partner."""
+    """Weights [B, 2] fp32 (own, partner): lam for Mixup, evidence or area for what was taken from the partner.
+
+    Labels [B, K] beside maps of several classes have weights [B, 2, K], one for each class.
+    """
     weights = pool(evidence, labels, partner, taken_share(drawn, settings))
     by_lam = {COPY, MIXUP}
     rule = MASK_RULES[settings.mask_type]
@@ -32,20 +40,41 @@ def write_weights(evidence: Evidence, labels: Tensor, partner: Tensor, drawn: Dr
         by_lam.add(rule.kind)
     use_lam = torch.tensor([kind in by_lam for kind in drawn.kind], device=CPU)
     lam = torch.tensor(drawn.lam, dtype=torch.float64, device=CPU) * 2.0**-16
-    return torch.where(use_lam[:, None], torch.stack([lam, 1 - lam], 1), weights).float()
+    both = torch.stack([lam, 1 - lam], 1)
+    if weights.dim() == 3:
+        return torch.where(use_lam[:, None, None], both[:, :, None], weights).float()
+    return torch.where(use_lam[:, None], both, weights).float()
+
+
+def row_weights(weights: Tensor, labels: Tensor, partner: Tensor) -> Tensor:
+    """Weights [B, 2] fp32; where each class has one of its own, [B, 2, K], their mean by the labels."""
+    if weights.dim() == 2:
+        return weights
+    pair = torch.stack([labels, labels[partner]], 1)  # [B, 2, K]
+    total = pair.sum(2)
+    # Classes whose label is 0 have the area's weight, or lam.
+    return torch.where(total > 0, (weights * pair).sum(2) / total, weights[:, :, 0])
 
 
 def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> Tensor:
     """Dense soft targets [B, K] fp32.
 
-    By the rule of the mask the paper's, w - eps/2 + eps/(2K) for each side, added up; or timm's, w * (1 - eps) + eps/K,
-    which Mixup always has. A label out of range adds nothing.
+    By the rule of the mask the paper's, (w - eps/2) y for each side y of labels; or timm's, w (1 - eps) y, which Mixup
+    always has. Every class has eps/K more, or eps/2 where labels are yes or no for each class. A class number out of
+    range adds nothing.
     """
     classes, smoothing = settings.num_classes, settings.label_smoothing
     paper = {rule.kind for rule in MASK_RULES.values() if rule.as_in_paper}
-    tokens = torch.tensor([kind in paper for kind in drawn.kind], device=CPU)[:, None]
-    raised = torch.where(tokens, weights - smoothing / 2, weights * (1 - smoothing))  # [B, 2]
-    pair = torch.stack([labels, labels[partner]], 1)
-    known = (pair >= 0) & (pair < classes)
-    dense = torch.full((len(labels), classes), smoothing / classes, dtype=torch.float32, device=CPU)
-    return dense.scatter_add_(1, pair.clamp(0, classes - 1), torch.where(known, raised, 0.0))
+    tokens = torch.tensor([kind in paper for kind in drawn.kind], device=CPU)
+    tokens = tokens.view(-1, *[1] * (weights.dim() - 1))
+    raised = torch.where(tokens, weights - smoothing / 2, weights * (1 - smoothing))  # of the shape of weights
+    rest = smoothing / (2 if settings.multi_label else classes)
+    dense = torch.full((len(labels), classes), rest, dtype=torch.float32, device=CPU)
+    if labels.dim() == 2:
+        own, other = (raised[:, 0], raised[:, 1]) if raised.dim() == 3 else raised.split(1, 1)
+        dense.add_(own * labels).add_(other * labels[partner])
+    else:
+        pair = torch.stack([labels, labels[partner]], 1)
+        known = (pair >= 0) & (pair < classes)
+        dense.scatter_add_(1, pair.clamp(0, classes - 1), torch.where(known, raised, 0.0))
+    return dense.clamp_(max=1) if settings.clamp_targets else dense
