@@ -281,7 +281,8 @@ def test_compiles_without_spills(name, target, tmp_path):
     used = resources(compiled(launch(**variant)), target, tmp_path)
     assert used.spilled == 0
     # 65,536 registers of a multiprocessor over 64 a thread leave room for 1,024 threads.
-    assert used.registers <= (128 if target == "gfx942" or name == "one channel, patch 14" else 64)
+    most = {"one channel, patch 14": 128, "label rows, top-k maps": 80, "label rows, maps of all classes": 80}
+    assert used.registers <= (128 if target == "gfx942" else most.get(name, 64))
 
 
 @on_targets(MOVES)
@@ -351,7 +352,7 @@ def test_a_mask_of_shares_compiles_without_spills(name, target, tmp_path):
 
 
 @pytest.mark.parametrize("classes", [10, 1000])
-@pytest.mark.parametrize("form", ["plain", "all"])
+@pytest.mark.parametrize("form", ["plain", "all", "rows"])
 def test_targets_by_attention_compile_without_spills(form, classes, target, tmp_path):
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=META)
@@ -361,7 +362,7 @@ def test_targets_by_attention_compile_without_spills(form, classes, target, tmp_
         mix = AttentionMix(
             empty(128, 196, dtype=HALF), empty(128, 14, 14), empty(128, dtype=torch.uint8), empty(128), empty(128)
         )
-    labels = empty(128, dtype=torch.int64)
+    labels = empty(128, classes, dtype=HALF) if form == "rows" else empty(128, dtype=torch.int64)
     partner = labels if form == "all" else None
     grid, arguments = kernels.attention_arguments(empty(128, classes), mix, labels, partner, 0.1)
     used = resources(kernels.attention_kernel.warmup(grid=grid, **arguments), target, tmp_path)

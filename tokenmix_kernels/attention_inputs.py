@@ -41,7 +41,9 @@ class AttentionMix(NamedTuple):
     ratio: float = 0.5
 
 
-def check_attention(mix: AttentionMix, labels: Tensor, partner: Tensor | None) -> None:
+def check_attention(
+    mix: AttentionMix, labels: Tensor, partner: Tensor | None, num_classes: int, multi_label: bool
+) -> None:
     """Raise TypeError or ValueError for the first argument whose type, shape or device is wrong."""
     mask, attention = mix.mask, mix.attention
     if not isinstance(mask, Tensor):
@@ -58,7 +60,7 @@ def check_attention(mix: AttentionMix, labels: Tensor, partner: Tensor | None) -
             f"attention must be [{batch}, {grid_h * grid_w}], one value for each patch of the mask {show(mask)}, got "
             f"{show(attention)}; mix with the model's patch_size"
         )
-    check_labels(labels, batch, device, LABEL_DTYPES)
+    check_labels(labels, batch, device, LABEL_DTYPES, num_classes, multi_label)
     if partner is not None:
         check_partner(partner, batch, device)
     if (mix.kind is None) != (mix.lam is None):

@@ -119,13 +119,13 @@ def implementations(module_of: Callable[[Tensor], ModuleType]) -> dict[str, Call
         return module_of(maps).pool_targets(evidence, labels, mask, partner).to(maps.device)
 
     def attention_targets(
-        labels: Tensor, partner: Tensor | None, num_classes: int, smoothing: float, *rest: Any
+        labels: Tensor, partner: Tensor | None, num_classes: int, smoothing: float, multi_label: bool, *rest: Any
     ) -> Tensor:
         mix = AttentionMix(*rest)
         check_float64("attention", mix.attention)
         if not labels.is_cuda:
             check_attention_values(mix, labels, partner, num_classes)
-        return module_of(labels).attention_targets(mix, labels, partner, num_classes, smoothing)
+        return module_of(labels).attention_targets(mix, labels, partner, num_classes, smoothing, multi_label)
 
     return {
         "mix": mix, "mix_out": mix_out, "mix_": mix_inplace, "token_mask": token_mask, "pool_targets": pool_targets,
@@ -206,7 +206,7 @@ attention_targets = custom_op(
     BODIES["attention_targets"],
     mutates_args=(),
     schema=(
-        "(Tensor labels, Tensor? partner, int num_classes, float smoothing, Tensor attention, Tensor mask, "
+        "(Tensor labels, Tensor? partner, int num_classes, float smoothing, bool multi_label, Tensor attention, Tensor mask, "
         "Tensor? kind, Tensor? lam, Tensor? ratios, float ratio) -> Tensor"
     ),
 )

@@ -136,7 +136,7 @@ class TokenMixCollate(FastCollateMixup):  # type: ignore[misc, unused-ignore]
     work for workers.
 
     Args:
-        *arguments, **options: as for `TokenMix`; the first nine are also timm's. Images cannot be normalised here: no
+        *arguments, **options: as for `TokenMix`; the first ten are also timm's. Images cannot be normalised here: no
             mean, std, out_dtype or return_mix.
         maps: activation maps of the whole data set (`MapBank.values`), for samples with places (`WithPlaces`).
 
@@ -148,15 +148,13 @@ class TokenMixCollate(FastCollateMixup):  # type: ignore[misc, unused-ignore]
         ValueError: a setting out of range, or one that has no place in a collate function.
     """
 
-    def __init__(self, *arguments: Any, maps: Maps | None = None, multi_label: bool = False, **options: Any) -> None:
+    def __init__(self, *arguments: Any, maps: Maps | None = None, **options: Any) -> None:
         for name in ("mean", "std", "out_dtype", "return_mix"):
             if options.get(name):
                 raise ValueError(
                     f"{name} must not be given to a collate function, which gives uint8 images and targets; use "
                     "TokenMixLoader"
                 )
-        if multi_label:
-            raise ValueError("multi_label must be False: labels are class numbers here")
         # One byte that running workers see.
         self.switch = torch.ones(1, dtype=torch.uint8, device="cpu").share_memory_()
         self.mix = TokenMix(*arguments, **options)
@@ -168,6 +166,7 @@ class TokenMixCollate(FastCollateMixup):  # type: ignore[misc, unused-ignore]
             mode=settings.mode, correct_lam=settings.correct_lam, label_smoothing=settings.label_smoothing,
             num_classes=settings.num_classes,
         )  # fmt: skip
+        self.multi_label = settings.multi_label  # the tenth, which older versions of timm do not take
 
     @property
     def mixup_enabled(self) -> bool:

@@ -27,6 +27,7 @@ def attention_targets(
     lam: Tensor | None = None,
     ratio: float | Tensor = 0.5,
     smoothing: float = 0.0,
+    multi_label: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Soft targets of a mixed batch by the attention that the model pays to the patches of either image.
@@ -37,7 +38,8 @@ def attention_targets(
         w_own = ratio * sum((1 - M) a) / sum(a) + (1 - ratio) * mean(1 - M)        w_partner = 1 - w_own
 
     TransMix has ratio = 0.5; MixPro has `progressive_ratio(logits, targets)`. An image whose attention has no positive
-    sum has its share of the area. Targets are w * (1 - eps) at each label and eps / K more at every class.
+    sum has its share of the area. Targets are w * (1 - eps) at each label and eps / K more at every class. Labels [B, K]
+    are taken times their weight.
 
     A training step by MixPro, with `mixer = TokenMix(..., return_mix=True)` and `evidence = ClassAttention(model)`::
 
@@ -50,7 +52,7 @@ def attention_targets(
     Args:
         attention: [B, Gh * Gw] or [B, Gh, Gw] of any float dtype, as `ClassAttention.take` has it.
         mask: [B, Gh, Gw] bool, True = from the partner; or float32, the share of each patch that is the partner's.
-        labels: [B] class numbers of any integer dtype or bool.
+        labels: [B] class numbers of any integer dtype or bool, or [B, K] in [0, 1] of any float or integer dtype or bool.
         partner: [B] int64 or int32 indices; the batch reversed if not given.
         num_classes: K.
         kind: [B] uint8, how each sample was mixed, as `Mix.kind` has it. Samples that are blended (Mixup) or unmixed
@@ -58,10 +60,11 @@ def attention_targets(
         lam: [B] float32, given together with kind.
         ratio: share of the attention in the weight, in [0, 1]: one number, or [B] float32, one for each sample.
         smoothing: epsilon.
+        multi_label: labels are [B, K], yes or no for each class: eps / 2 more at every class, as for `TokenMix`.
         backend: as for `tokenmix`.
 
     Returns:
-        [B, K] float32, part of no graph. Rows sum to 1.
+        [B, K] float32, part of no graph. Rows sum to 1, if those of the labels do.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape or range, named in one sentence; ranges of tensors
@@ -72,13 +75,15 @@ def attention_targets(
     ratios, number = (ratio, 0.0) if isinstance(ratio, Tensor) else (None, ratio)
     number = arguments.as_number("ratio", number, 0, 1, "a share in [0, 1] or a float32 tensor [B]")
     mix = AttentionMix(attention, mask, kind, lam, ratios, number)
-    check_attention(mix, labels, partner)
+    if not isinstance(multi_label, bool):
+        raise ValueError(f"multi_label must be True or False, got {arguments.shown(multi_label)}")
+    check_attention(mix, labels, partner, classes, multi_label)
     module = named_backend(backend, labels.device)
     if module is None:
-        return dispatch.attention_targets(labels, partner, classes, epsilon, *mix)
+        return dispatch.attention_targets(labels, partner, classes, epsilon, multi_label, *mix)
     if not labels.is_cuda:
         check_attention_values(mix, labels, partner, classes)
-    return module.attention_targets(mix, labels, partner, classes, epsilon)
+    return module.attention_targets(mix, labels, partner, classes, epsilon, multi_label)
 
 
 def progressive_ratio(logits: Tensor, targets: Tensor) -> Tensor:

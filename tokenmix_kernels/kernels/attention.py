@@ -52,24 +52,37 @@ def attention_kernel(
     batch,  # B
     COUNT: tl.constexpr,  # N, patches of an image
     K: tl.constexpr,
+    LABEL_ROWS: tl.constexpr,  # labels are [B, K]
+    MULTI_LABEL: tl.constexpr,
 ):
     """One program for each sample."""
     BLOCK: tl.constexpr = min(1024, triton.next_power_of_2(K))
     i = tl.program_id(0).to(tl.int64)
     j = partner_of(pairs.partner, i, batch)
-    label_i = tl.load(pairs.labels + i * pairs.labels_stride).to(tl.int64)
-    label_j = tl.load(pairs.labels + j * pairs.labels_stride).to(tl.int64)
+    if not LABEL_ROWS:
+        label_i = tl.load(pairs.labels + i * pairs.labels_stride).to(tl.int64)
+        label_j = tl.load(pairs.labels + j * pairs.labels_stride).to(tl.int64)
     keeps = 1.0 - tl.cast(smoothing, tl.float32)
     own = own_weight(mix, lam_stride, i, COUNT) * keeps
-    rest = tl.div_rn(tl.cast(smoothing, tl.float32), tl.full([], K, tl.float32))
+    rest = tl.div_rn(tl.cast(smoothing, tl.float32), tl.full([], 2 if MULTI_LABEL else K, tl.float32))
     for start in range(0, K, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        value = rest + tl.where(column == label_i, own, 0.0) + tl.where(column == label_j, keeps - own, 0.0)
+        if LABEL_ROWS:
+            row_i = tl.load(pairs.labels + i * pairs.labels_stride + column, column < K, 0).to(tl.float32)
+            row_j = tl.load(pairs.labels + j * pairs.labels_stride + column, column < K, 0).to(tl.float32)
+            value = rest + own * row_i + (keeps - own) * row_j
+        else:
+            value = rest + tl.where(column == label_i, own, 0.0) + tl.where(column == label_j, keeps - own, 0.0)
         tl.store(targets + i * K + column, value, column < K)
 
 
 def attention_arguments(
-    targets: Tensor, mix: AttentionMix, labels: Tensor, partner: Tensor | None, smoothing: float
+    targets: Tensor,
+    mix: AttentionMix,
+    labels: Tensor,
+    partner: Tensor | None,
+    smoothing: float,
+    multi_label: bool = False,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the arguments of a launch. Nothing here waits for a device."""
     batch, classes = targets.shape
@@ -82,16 +95,23 @@ def attention_arguments(
         "batch": batch,
         "COUNT": mix.mask.shape[1] * mix.mask.shape[2],
         "K": classes,
+        "LABEL_ROWS": labels.dim() == 2,
+        "MULTI_LABEL": multi_label,
     }
     return (batch,), arguments
 
 
 def attention_targets(
-    mix: AttentionMix, labels: Tensor, partner: Tensor | None, num_classes: int, smoothing: float
+    mix: AttentionMix,
+    labels: Tensor,
+    partner: Tensor | None,
+    num_classes: int,
+    smoothing: float,
+    multi_label: bool = False,
 ) -> Tensor:
     """Dense soft targets [B, K] fp32, in one launch."""
     targets = torch.empty(len(labels), num_classes, dtype=torch.float32, device=labels.device)
-    grid, arguments = attention_arguments(targets, mix, labels, partner, smoothing)
+    grid, arguments = attention_arguments(targets, mix, labels, partner, smoothing, multi_label)
     with current(labels.device):
         attention_kernel[grid](**arguments)
     return targets

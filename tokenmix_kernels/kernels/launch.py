@@ -204,8 +204,10 @@ def fixed_part(
     }
     if not torch.version.hip:
         # 1,024 threads fit a multiprocessor, and the assembler keeps what it has to keep in registers, not in memory.
-        # Masks of many rows beside lines that are not a power of two need more.
+        # Masks of many rows beside lines that are not a power of two need more, and so do weights of each class.
         options["maxnreg"] = 64 if words <= 16 or not patch & (patch - 1) else 128
+        if label_rows and maps_group.CLASSES:
+            options["maxnreg"] = max(80, options["maxnreg"])
     constants = {
         "MASK_RULE": getattr(draw, f"{settings.mask_type}_mask") if rule.whole_tokens else None,
         "GRID": Grid(

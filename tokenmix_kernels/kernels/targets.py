@@ -122,7 +122,7 @@ def write_rows(
     AREA: tl.constexpr = GRID.GH * GRID.GW if RULE.WHOLE_TOKENS else GRID.H * GRID.W
     K: tl.constexpr = RULE.K
     BY_CLASS: tl.constexpr = MAPS.CLASSES > 0
-    BLOCK: tl.constexpr = min(256 if BY_CLASS else 1024, triton.next_power_of_2(K))
+    BLOCK: tl.constexpr = min(128 if BY_CLASS else 1024, triton.next_power_of_2(K))
     by_lam = is_by_lam(drawn, RULE)
     rest = tl.div_rn(tl.cast(smoothing, tl.float32), tl.full([], 2 if RULE.MULTI_LABEL else K, tl.float32))
     sides = tl.arange(0, 2)

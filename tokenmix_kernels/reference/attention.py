@@ -32,10 +32,16 @@ def own_weight(mix: AttentionMix) -> Tensor:
 
 
 def attention_targets(
-    mix: AttentionMix, labels: Tensor, partner: Tensor | None, num_classes: int, smoothing: float
+    mix: AttentionMix,
+    labels: Tensor,
+    partner: Tensor | None,
+    num_classes: int,
+    smoothing: float,
+    multi_label: bool = False,
 ) -> Tensor:
     """Dense soft targets [B, K] fp32: w * (1 - eps) at each label, eps / K everywhere, added up.
 
+    Of labels [B, K] each row times its w * (1 - eps); eps / 2 everywhere where they are yes or no for each class.
     A label out of range adds nothing, a partner out of range is the sample itself.
     """
     batch, device = len(labels), labels.device
@@ -44,7 +50,11 @@ def attention_targets(
     pairs = torch.where((pairs >= 0) & (pairs < batch), pairs, own)
     weight = own_weight(mix) * (1 - smoothing)
     raised = torch.stack([weight, 1 - smoothing - weight], 1).float()
+    rest = smoothing / (2 if multi_label else num_classes)
+    dense = torch.full((batch, num_classes), rest, dtype=torch.float32, device=device)
+    if labels.dim() == 2:
+        rows = labels.float()
+        return dense.add_(raised[:, :1] * rows).add_(raised[:, 1:] * rows[pairs])
     both = torch.stack([labels.long(), labels.long()[pairs]], 1)
     known = (both >= 0) & (both < num_classes)
-    dense = torch.full((batch, num_classes), smoothing / num_classes, dtype=torch.float32, device=device)
     return dense.scatter_add_(1, both.clamp(0, num_classes - 1), torch.where(known, raised, 0.0))
