@@ -117,6 +117,20 @@ def some_evidence(pick: random.Random, batch: int, classes: int) -> Evidence:
     return Evidence(maps, indices, ids, boxes, flips, affines)
 
 
+def some_rows(pick: random.Random, batch: int, classes: int) -> Tensor:
+    """Labels [B, K] of any dtype: shares of the classes, or yes or no for each; few of many, so that maps are few."""
+    rows = torch.zeros(batch, classes)
+    for row in rows:
+        for c in pick.sample(range(classes), pick.randint(0, min(3, classes))):
+            row[c] = 1
+    dtype = pick.choice((torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool))
+    if dtype.is_floating_point and pick.random() < 0.5:
+        rows = rows * torch.rand(batch, classes, generator=torch.Generator().manual_seed(pick.randrange(2**31)))
+    wide = torch.zeros(2 * batch, classes, dtype=dtype)
+    wide[::2] = rows.to(dtype)
+    return wide[::2] if pick.random() < 0.3 else wide[::2].contiguous()
+
+
 def some_case(number: int, interpreted: bool = True) -> Case:
     """The case of a number: always the same."""
     pick = random.Random(number)
@@ -170,9 +184,15 @@ def some_case(number: int, interpreted: bool = True) -> Case:
         out_dtype = torch.float16
     elif out_dtype == torch.bfloat16:
         settings = settings._replace(mixup_alpha=0.0, cutmix_alpha=1.0)
+    labels = torch.tensor([pick.randrange(classes) for _ in range(batch)]).to(pick.choice((torch.int64, torch.int16)))
+    later = random.Random(f"rows {number}")  # apart: what else a number gives stays as it was
+    settings = settings._replace(clamp_targets=later.random() < 0.3)
+    if later.random() < 0.3:
+        labels = some_rows(later, batch, classes)
+        settings = settings._replace(multi_label=later.random() < 0.5)
     return Case(
         images,
-        torch.tensor([pick.randrange(classes) for _ in range(batch)]).to(pick.choice((torch.int64, torch.int16))),
+        labels,
         partner,
         some_evidence(pick, batch, classes),
         torch.rand(batch, *grid, generator=torch.Generator().manual_seed(number)) < 0.5
@@ -300,10 +320,10 @@ def hostile_calls() -> list[tuple[str, Callable[[], Any]]]:
         "num_classes": 5, "patch_size": 8, "boxes": None, "ids": None, "flips": None, "affines": None, "mask": None,
         "partner": None, "lam": 0.5, "minimum_tokens": 1, "mask_type": "block", "mode": "elem", "label_smoothing": 0.1,
         "seed": 1, "generator": None, "sample_offset": 0, "cutmix_alpha": 1.0, "cutmix_minmax": None,
-        "correct_lam": True, "mean": None, "std": None, "out": None, "out_dtype": None, "crop_axes": "correct",
+        "correct_lam": True, "multi_label": False, "clamp_targets": False, "mean": None, "std": None, "out": None, "out_dtype": None, "crop_axes": "correct",
         "backend": "auto",
     }  # fmt: skip
-    made = {"mixup_alpha": 0.8, "prob": 1.0, "switch_prob": 0.5, "num_classes": 5, "patch_size": 8}
+    made = {"multi_label": False, "clamp_targets": False, "mixup_alpha": 0.8, "prob": 1.0, "switch_prob": 0.5, "num_classes": 5, "patch_size": 8}
     masks = {"batch": 2, "grid": (4, 6), "patch_size": 8, "seed": 1, "lam": 0.5, "mode": "elem", "device": None}
     pool = {**maps, "labels": torch.arange(4), "mask": torch.zeros(4, 4, 6).bool(), "partner": None, "boxes": None}
     functions: tuple[tuple[str, Callable[..., Any], dict[str, Any]], ...] = (
@@ -311,6 +331,7 @@ def hostile_calls() -> list[tuple[str, Callable[[], Any]]]:
         ("TokenMix", TokenMix, made),
         ("token_mask", token_mask, masks),
         ("pool_targets", pool_targets, pool),
+        ("tokenmix of rows", tokenmix, {**batch, "labels": torch.zeros(4, 5), **maps, **options, "multi_label": True}),
         ("TopKMaps", lambda values, indices: tokenmix(**batch, maps=TopKMaps(values, indices), **options),
          {"values": torch.rand(4, 2, 6, 7), "indices": torch.zeros(4, 2, 6, 7).long()}),
     )  # fmt: skip

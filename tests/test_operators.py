@@ -37,7 +37,7 @@ class Given(NamedTuple):
         return (self.labels, self.partner, *self.evidence, self.mask, self.seed, 0, as_text(settings))
 
 
-def inputs(batch=4, form="none", dtype=torch.float32, layout="contiguous", given=False, partner=False):
+def inputs(batch=4, form="none", dtype=torch.float32, layout="contiguous", given=False, partner=False, rows=False):
     images = random_images((batch, 3, 32, 48), dtype, layout)
     source = torch.Generator().manual_seed(1)
     maps = indices = boxes = None
@@ -51,6 +51,7 @@ def inputs(batch=4, form="none", dtype=torch.float32, layout="contiguous", given
     mask = torch.rand(batch, 4, 6, generator=source) < 0.5 if given else None
     partners = torch.arange(batch).roll(1) if partner else None
     labels = torch.randint(0, 5, (batch,), generator=source)
+    labels = torch.rand(batch, 5, generator=source).half() if rows else labels
     return Given(images, labels, partners, Evidence(maps, indices, boxes=boxes), mask, torch.tensor(3))
 
 
@@ -65,6 +66,8 @@ VARIANTS = {
         {"dtype": torch.float16, "layout": "channels_last"},
         {"mixup_alpha": 0.8, "switch_prob": 0.5, "prob": 0.9, "mask_type": "cutmix", "lam": -1.0},
     ),
+    "label rows, own maps": ({"form": "own", "rows": True}, {"multi_label": True, "clamp_targets": True}),
+    "label rows, top-k maps, any partner": ({"form": "topk", "rows": True, "partner": True}, {}),
     "strided": ({"layout": "spatial_slice"}, {"mode": "batch"}),
 }
 
@@ -131,7 +134,16 @@ def test_opcheck_pool_targets(form):
     torch.library.opcheck(OPS.pool_targets, (*head, None, *flipped._replace(flips=None, boxes=None, affines=affines)))
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_opcheck_attention_targets(multi_label):
+    attention, mask, rows = torch.rand(4, 6), torch.rand(4, 2, 3) < 0.5, torch.rand(4, 5)
+    rest = (5, 0.1, multi_label, attention, mask, None, None, None, 0.5)
+    torch.library.opcheck(OPS.attention_targets, (rows, None, *rest))
+    torch.library.opcheck(OPS.attention_targets, (rows, torch.tensor([1, 1, 0, 3]), *rest))
+
+
 BAD_VALUES = {
+    "label rows": (lambda given: given._replace(labels=torch.full((4, 5), -1)), r"labels of int64 .* in \[0, 1\]"),
     "labels": (lambda given: given._replace(labels=torch.tensor([0, 5, 1, 2])), r"labels must be in \[0, 5\), got 5"),
     "partner": (lambda given: given._replace(partner=torch.tensor([0, 1, 2, -1])), "partner must be in .*, got -1"),
     "ids": (
@@ -254,6 +266,21 @@ def test_compiles_whole_with_changing_batches(backend, dynamic, fresh_dynamo):
         torch.testing.assert_close(out, expected.mean(1))
         torch.testing.assert_close(targets, expected_targets.sum())
     assert graphs.frame_count <= 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_equals_eager_with_label_rows(backend, fresh_dynamo):
+    @torch.compile(fullgraph=True, backend=backend, dynamic=True)
+    def step(images, rows, seed):
+        options = {"num_classes": 5, "patch_size": 8, "mode": "elem", "multi_label": True, "clamp_targets": True}
+        return tokenmix(images, rows, seed=seed, **options)
+
+    for batch in (4, 6):
+        images, rows = random_images((batch, 3, 32, 48)), torch.rand(batch, 5)
+        expected = tokenmix(
+            images, rows, num_classes=5, patch_size=8, mode="elem", multi_label=True, clamp_targets=True, seed=3
+        )
+        assert all(map(torch.equal, step(images, rows, torch.tensor(3)), expected))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

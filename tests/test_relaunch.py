@@ -32,11 +32,13 @@ def launches_noted():
         yield noted
 
 
-def inputs_of(step):
+def inputs_of(step, rows=False):
     source = torch.Generator().manual_seed(step)
     values = torch.rand(BATCH, 3, 7, 9, generator=source)
     maps = TopKMaps(values, torch.randint(0, CLASSES, values.shape, generator=source))
     images, labels = random_images((BATCH, 3, 64, 96), torch.float16, seed=step), torch.arange(BATCH)
+    if rows:
+        labels = torch.rand(BATCH, CLASSES, generator=source).round()
     return images, labels, maps, random_boxes(BATCH)
 
 
@@ -49,22 +51,25 @@ def described(argument):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"mixup_alpha": 0.0}, {"mask_type": "cutmix", "lam": "beta"}, {"mean": (0.5,) * 3, "std": (0.3,) * 3}],
-    ids=["blocks", "cutmix", "normalised"],
+    [
+        {"mixup_alpha": 0.0}, {"mask_type": "cutmix", "lam": "beta"}, {"mean": (0.5,) * 3, "std": (0.3,) * 3},
+        {"multi_label": True, "clamp_targets": True},
+    ],
+    ids=["blocks", "cutmix", "normalised", "label rows"],
 )
 def test_the_compiled_kernel_gets_what_triton_would_pass(settings):
     """The same step twice as a new form and twice as a known one: every argument of the driver is the same."""
     mix = TokenMix(num_classes=CLASSES, mode="elem", return_mix=True, **settings)
-    seen = {}
+    seen, rows = {}, mix.settings.multi_label
     with launches_noted() as noted, mock.patch.object(torch, "empty", torch.zeros):
         for known in (False, True):
             if known:
-                mix(*inputs_of(0), seed=0)
+                mix(*inputs_of(0, rows), seed=0)
             noted.clear()
             for step in (1, 2):
                 if not known:
                     call.PASSED.clear()
-                images, *rest = inputs_of(step)
+                images, *rest = inputs_of(step, rows)
                 mix(images, *rest, seed=step + (1 << 40), sample_offset=step)
             seen[known] = [[described(leaf) for leaf in tree_flatten(given)[0]] for given in noted]
     assert len(seen[True]) == 2

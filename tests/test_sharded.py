@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from mix_helpers import generator, random_boxes, random_images
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -31,6 +32,9 @@ def mix_in_shards(rank, folder):
     result = tokenmix(**{**spread, "images": in_place}, out=in_place, **OPTIONS)
     assert result.images is in_place
     both = [part.full_tensor() for part in (*mixed, in_place)]
+
+    spread["labels"] = distribute_tensor(F.one_hot(LABELS, 4), mesh, [Shard(0)])
+    torch.testing.assert_close(tokenmix(**spread, **OPTIONS).targets.full_tensor(), both[1], rtol=0, atol=2e-7)
 
     replicated = {name: distribute_tensor(tensor, mesh, [Replicate()]) for name, tensor in inputs().items()}
     same = [part.full_tensor() for part in tokenmix(**replicated, **OPTIONS)]

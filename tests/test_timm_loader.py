@@ -193,6 +193,25 @@ def test_the_collate_function_moves_whole_tokens_of_bytes():
     assert torch.equal(collate(tensors)[0], images)
 
 
+def test_the_collate_function_takes_multi_label_rows():
+    rows = np.random.default_rng(0).random((8, CLASSES)) < 0.5
+    options = {"mixup_alpha": 0.8, "cutmix_alpha": 0.0, "mode": "batch", "num_classes": CLASSES, "multi_label": True}
+    collate, theirs = TokenMixCollate(**options, patch_size=8), FastCollateMixup(**options)
+    assert collate.multi_label is theirs.multi_label is True
+    samples = [(np.ascontiguousarray(PIXELS[n].transpose(2, 0, 1)), rows[n]) for n in range(8)]
+    _, targets = collate(samples)
+    kept = torch.from_numpy(rows).float()
+    differs = rows != rows[::-1]
+    lam = float(((targets - 0.05) / 0.9)[torch.from_numpy(rows & differs)].mean())
+    theirs._params_per_batch = lambda: (lam, False)
+    _, expected = theirs([(image, torch.from_numpy(row)) for image, row in samples])
+    torch.testing.assert_close(targets, expected.float(), atol=1e-5, rtol=0)
+    loader = DataLoader([(image, row.astype(np.float32)) for image, row in samples], 8, collate_fn=collate_places)
+    mix = TokenMix(num_classes=CLASSES, patch_size=8, mixup_alpha=0.0, cutmix_alpha=1.0, prob=0.0, multi_label=True)
+    ((_, unmixed),) = TokenMixLoader(loader, mix, device=CPU, mean=(0.0,) * 3, std=(1.0,) * 3)
+    torch.testing.assert_close(unmixed, kept * 0.9 + 0.05)
+
+
 def test_running_workers_follow_mixup_enabled():
     """(timm's own collate function, copied into persistent workers, goes on mixing after --mixup-off-epoch)"""
     collate = TokenMixCollate(**settings(mixup_alpha=0.0))

@@ -48,6 +48,16 @@ def test_kinds_ratios_partners_and_dtypes(device, dtype):
     assert not torch.equal(with_kinds[0], without[0]) and torch.equal(with_kinds[2:], without[2:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool], ids=str)
+@pytest.mark.parametrize("classes", [1, 7, 1500])
+def test_label_rows(device, classes, dtype):
+    source = torch.Generator().manual_seed(1)
+    rows = torch.rand(6, classes, generator=source).round(decimals=0 if dtype == torch.bool else 3).to(dtype)[::2]
+    attention, mask = torch.rand(3, 15, generator=source), torch.rand(3, 3, 5, generator=source) < 0.5
+    for multi in (False, True):
+        both(device, attention, mask, rows, num_classes=classes, smoothing=0.1, multi_label=multi)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_without_attention_the_area_counts(device, bad):
     mask = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(3)) < 0.5
