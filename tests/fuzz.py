@@ -123,7 +123,7 @@ def some_rows(pick: random.Random, batch: int, classes: int) -> Tensor:
     for row in rows:
         for c in pick.sample(range(classes), pick.randint(0, min(3, classes))):
             row[c] = 1
-    dtype = pick.choice((torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool))
+    dtype = pick.choice((*DTYPES, torch.float64, torch.int64, torch.bool))
     if dtype.is_floating_point and pick.random() < 0.5:
         rows = rows * torch.rand(batch, classes, generator=torch.Generator().manual_seed(pick.randrange(2**31)))
     wide = torch.zeros(2 * batch, classes, dtype=dtype)
@@ -320,10 +320,11 @@ def hostile_calls() -> list[tuple[str, Callable[[], Any]]]:
         "num_classes": 5, "patch_size": 8, "boxes": None, "ids": None, "flips": None, "affines": None, "mask": None,
         "partner": None, "lam": 0.5, "minimum_tokens": 1, "mask_type": "block", "mode": "elem", "label_smoothing": 0.1,
         "seed": 1, "generator": None, "sample_offset": 0, "cutmix_alpha": 1.0, "cutmix_minmax": None,
-        "correct_lam": True, "multi_label": False, "clamp_targets": False, "mean": None, "std": None, "out": None, "out_dtype": None, "crop_axes": "correct",
-        "backend": "auto",
+        "correct_lam": True, "mean": None, "std": None, "out": None, "out_dtype": None, "crop_axes": "correct",
+        "backend": "auto", "multi_label": False, "clamp_targets": False,
     }  # fmt: skip
-    made = {"multi_label": False, "clamp_targets": False, "mixup_alpha": 0.8, "prob": 1.0, "switch_prob": 0.5, "num_classes": 5, "patch_size": 8}
+    made = {"mixup_alpha": 0.8, "prob": 1.0, "switch_prob": 0.5, "num_classes": 5, "patch_size": 8}
+    made |= {"multi_label": False, "clamp_targets": False}
     masks = {"batch": 2, "grid": (4, 6), "patch_size": 8, "seed": 1, "lam": 0.5, "mode": "elem", "device": None}
     pool = {**maps, "labels": torch.arange(4), "mask": torch.zeros(4, 4, 6).bool(), "partner": None, "boxes": None}
     functions: tuple[tuple[str, Callable[..., Any], dict[str, Any]], ...] = (

@@ -101,11 +101,13 @@ def arguments(variant):
             mix.attention.half(), torch.rand(4, 2, 3, generator=source), torch.tensor([0, 1, 2, 4], dtype=torch.uint8),
             torch.rand(4, generator=source), torch.rand(4, generator=source),
         )  # fmt: skip
-        return labels, torch.tensor([1, 0, 3, 2]), 5, 0.1, *mix
-    return labels, None, 5, 0.0, *mix
+        return labels, torch.tensor([1, 0, 3, 2]), 5, 0.1, False, *mix
+    if variant == "rows":
+        return torch.rand(4, 5, generator=source).half(), None, 5, 0.1, True, *mix
+    return labels, None, 5, 0.0, False, *mix
 
 
-@pytest.mark.parametrize("variant", ["plain", "all"])
+@pytest.mark.parametrize("variant", ["plain", "all", "rows"])
 def test_opcheck(variant):
     torch.library.opcheck(OP, arguments(variant))
 

@@ -219,8 +219,8 @@ def launch(
     rows = torch.empty(batch, classes, dtype=labels, device=META)
     nvidia = triton.runtime.driver.active.get_current_target().backend == "cuda"
     return kernels.prepare(
-        images, out, rows if labels else one_each(torch.int64), one_each(torch.int64, partner), evidence, mask, key, 0, options, results,
-        tuple(images.shape), META, CARD if nvidia else None,
+        images, out, rows if labels else one_each(torch.int64), one_each(torch.int64, partner), evidence, mask, key, 0,
+        options, results, tuple(images.shape), META, CARD if nvidia else None,
     )  # fmt: skip
 
 

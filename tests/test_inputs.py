@@ -89,7 +89,7 @@ BAD = {
         ValueError,
         r"labels must be \[4\], one class number for each image, got \[5\]",
     ),
-    "labels-dense": ({"labels": torch.eye(BATCH, CLASSES).long()}, ValueError, r"labels must be \[4\].*got \[4, 5\]"),
+    "labels-wide": ({"labels": torch.eye(BATCH, CLASSES + 1)}, ValueError, r"labels must be \[4\].*got \[4, 6\]"),
     "labels-high": ({"labels": ints(0, 1, 5, 2)}, ValueError, r"labels must be in \[0, 5\), got 5"),
     "labels-low": ({"labels": ints(0, -1, 4, 2, dtype=INT)}, ValueError, r"labels must be in \[0, 5\), got -1"),
     "labels-meta": ({"labels": torch.zeros(4, dtype=torch.long, device="meta")}, ValueError, "labels must be on cpu"),

@@ -134,14 +134,6 @@ def test_opcheck_pool_targets(form):
     torch.library.opcheck(OPS.pool_targets, (*head, None, *flipped._replace(flips=None, boxes=None, affines=affines)))
 
 
-@pytest.mark.parametrize("multi_label", [False, True])
-def test_opcheck_attention_targets(multi_label):
-    attention, mask, rows = torch.rand(4, 6), torch.rand(4, 2, 3) < 0.5, torch.rand(4, 5)
-    rest = (5, 0.1, multi_label, attention, mask, None, None, None, 0.5)
-    torch.library.opcheck(OPS.attention_targets, (rows, None, *rest))
-    torch.library.opcheck(OPS.attention_targets, (rows, torch.tensor([1, 1, 0, 3]), *rest))
-
-
 BAD_VALUES = {
     "label rows": (lambda given: given._replace(labels=torch.full((4, 5), -1)), r"labels of int64 .* in \[0, 1\]"),
     "labels": (lambda given: given._replace(labels=torch.tensor([0, 5, 1, 2])), r"labels must be in \[0, 5\), got 5"),

@@ -52,7 +52,9 @@ def described(argument):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"mixup_alpha": 0.0}, {"mask_type": "cutmix", "lam": "beta"}, {"mean": (0.5,) * 3, "std": (0.3,) * 3},
+        {"mixup_alpha": 0.0},
+        {"mask_type": "cutmix", "lam": "beta"},
+        {"mean": (0.5,) * 3, "std": (0.3,) * 3},
         {"multi_label": True, "clamp_targets": True},
     ],
     ids=["blocks", "cutmix", "normalised", "label rows"],

@@ -110,7 +110,7 @@ def test_flags_of_create_loader_are_all_tried_or_not_about_training():
 def test_mixing_flags_are_those_of_the_collate_function():
     arguments = {
         "mixup_alpha": 0.3, "cutmix_alpha": 0.7, "cutmix_minmax": (0.2, 0.8), "prob": 0.9, "switch_prob": 0.4,
-        "mode": "pair", "correct_lam": False, "label_smoothing": 0.2, "num_classes": CLASSES,
+        "mode": "pair", "correct_lam": False, "label_smoothing": 0.2, "num_classes": CLASSES, "multi_label": True,
     }  # fmt: skip
     more = {"mask_type": "cutmix", "patch_size": 8}
     loader = create_loader(
@@ -151,7 +151,6 @@ ERRORS = {
     "--resplit": ({"re_prob": 0.25, "re_split": True}, ValueError, "re_split must be False"),
     "twice": ({"mix": {"mode": "elem", "patch_size": 8}}, ValueError, "mix must not have mode, which collate_fn has"),
     "ours": ({"collate_fn": TokenMixCollate(**settings())}, TypeError, "got a TokenMixCollate, which mixes in the"),
-    "labels": ({"collate_fn": FastCollateMixup(multi_label=True)}, ValueError, "must not have multi_label=True"),
     "nothing": ({"collate_fn": None, "mix": {"patch_size": 8}}, ValueError, r"mix must not be given .* no FastCollate"),
 }
 

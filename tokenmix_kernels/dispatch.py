@@ -206,8 +206,8 @@ attention_targets = custom_op(
     BODIES["attention_targets"],
     mutates_args=(),
     schema=(
-        "(Tensor labels, Tensor? partner, int num_classes, float smoothing, bool multi_label, Tensor attention, Tensor mask, "
-        "Tensor? kind, Tensor? lam, Tensor? ratios, float ratio) -> Tensor"
+        "(Tensor labels, Tensor? partner, int num_classes, float smoothing, bool multi_label, Tensor attention, "
+        "Tensor mask, Tensor? kind, Tensor? lam, Tensor? ratios, float ratio) -> Tensor"
     ),
 )
 mix.register_fake(fake_mix)

@@ -235,8 +235,8 @@ def check_labels(
     check_tensor("labels", labels, dtypes, device, (batch,), ", one class number for each image")
     if multi_label:
         raise ValueError(
-            f"labels must be [B, num_classes], one value for each class, where multi_label is True, got {show(labels)}; "
-            "leave multi_label out for class numbers"
+            f"labels must be [B, num_classes] where multi_label is True, one value for each class, got {show(labels)}; "
+            "leave it out for class numbers"
         )
 
 

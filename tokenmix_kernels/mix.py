@@ -82,8 +82,8 @@ class TokenMix(nn.Module):
             Token masks always follow what was masked.
         label_smoothing: epsilon of the targets: the paper's for 'block' and 'random', else timm's.
         num_classes: K, classes of the targets.
-        multi_label: labels are [B, K], yes or no for each class, and are smoothed towards 1/2: y (1 - eps) + eps / 2, as
-            timm does. Labels [B, K] without it are shares of the classes, smoothed towards 1 / K as class numbers are.
+        multi_label: labels are [B, K], yes or no for each class, smoothed as timm does: y (1 - eps) + eps / 2. Labels
+            [B, K] without it are shares of the classes, smoothed towards 1 / K as class numbers are.
         mask_type: the second branch: 'block' (several rectangles of tokens, the paper's), 'random' (single tokens),
             'grid' (square cells of tokens, MixPro's MaskMix with lam='beta') or 'cutmix' (one rectangle of pixels, as
             timm draws it).
@@ -98,8 +98,8 @@ class TokenMix(nn.Module):
         out_dtype: dtype of the mixed images; the images' own if not given, float32 for uint8 with mean and std.
         crop_axes: how the crop in a packed label-map batch is read: 'correct', or 'published' for the published code's,
             which takes top for left.
-        clamp_targets: targets are at most 1. Without, two images of one class, or with a class in common, may have more:
-            their weights by evidence need not add up to 1.
+        clamp_targets: targets are at most 1. Without, a class that both images have may get more: weights by evidence
+            need not add up to 1.
         return_mix: give a `Mix` as third result, from which `attention_targets` makes targets after the forward pass.
 
     Attributes:
@@ -260,13 +260,14 @@ def tokenmix(
             boxes and the like are then placed as images are, or are plain tensors of the rank's shard, and partner
             indices count within it.
         labels: [B] class numbers of any integer dtype or bool, the fast way; or [B, K] of any float or integer dtype or
-            bool, in [0, 1]: one-hot, soft (shares of the classes), or with multi_label yes or no for each class, mixed
-            in the same launch: w_own y_own + w_partner y_partner, each side smoothed. Or a packed label-map batch [B, 3, k, h, w] float32 of
+            bool, in [0, 1]: one-hot, soft, or with multi_label yes or no for each class. Targets are then
+            w_own y_own + w_partner y_partner, smoothed. Or a packed label-map batch [B, 3, k, h, w] float32 of
             TokenLabeling and the published TokenMix, which holds values, class numbers, crop and label.
         num_classes: K.
         maps: activation maps: of the own label [B, h, w], of all classes [B, K, h, w], or `TopKMaps`; up to 64x64
-            cells. Beside labels [B, K], maps of several classes weigh each class by its own map (what is 0 in the labels
-            costs nothing), and the weights that are returned are means by the labels. Without maps, or for an image whose map has no positive sum, weights are shares of the area.
+            cells. Without maps, or for an image whose map has no positive sum, weights are shares of the area. Beside
+            labels [B, K], maps of several classes weigh each class by its own map (a class whose label is 0 costs
+            nothing), and the weights that are returned are means by the labels.
         boxes: [B, 4] (x0, y0, x1, y1) in [0, 1]: the part of its map that an image shows. Without, all of it.
         ids: [B] int64 or int32 rows of `maps`, which then holds the maps of more images than the batch's: a whole
             data set's (`MapBank.values`, which may be bytes: a map's scale does not matter).
@@ -375,8 +376,8 @@ def pool_targets(
 
     Args:
         maps: [B, h, w], [B, K, h, w] or `TopKMaps`, as for `tokenmix`.
-        labels: [B] class numbers of any integer dtype or bool, or [B, K] as for `tokenmix`, which needs maps of one class
-            (its own) or of several: then each class is weighed by its map, and what is returned is the mean by labels.
+        labels: [B] class numbers of any integer dtype or bool; or [B, K], as for `tokenmix`: with maps of several
+            classes each is weighed by its own map, and the mean by the labels is returned.
         mask: [B, Gh, Gw] bool, True = from the partner.
         boxes, ids, flips, affines, partner, backend: as for `tokenmix`.
 

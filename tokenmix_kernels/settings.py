@@ -68,8 +68,8 @@ class Settings(NamedTuple):
         mean, std: per-channel normalisation, or empty.
         grid_cell: side of a grid mask's cells in tokens.
         shares: the mask that is returned is float32, the share of each token that comes from the partner.
-        multi_label: labels [B, K] are yes or no for each class, smoothed towards 1/2; else shares of the classes, smoothed
-            towards 1 / K.
+        multi_label: labels [B, K] are yes or no for each class, smoothed towards 1 / 2; else they are shares of the
+            classes, smoothed towards 1 / K.
         clamp_targets: targets are at most 1.
     """
 

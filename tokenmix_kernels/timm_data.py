@@ -56,13 +56,11 @@ def create_loader(
         raise ValueError("num_aug_splits must be 0: views of one image would be mixed with those of others")
     if given.arguments.get("re_split"):
         raise ValueError("re_split must be False: images that are not erased would be mixed with those that are")
-    if getattr(collate, "multi_label", False):
-        raise ValueError("collate_fn must not have multi_label=True: labels are class numbers here")
     settings: dict[str, Any] = {
         "mixup_alpha": collate.mixup_alpha, "cutmix_alpha": collate.cutmix_alpha,
         "cutmix_minmax": collate.cutmix_minmax, "prob": collate.mix_prob, "switch_prob": collate.switch_prob,
         "mode": collate.mode, "correct_lam": collate.correct_lam, "label_smoothing": collate.label_smoothing,
-        "num_classes": collate.num_classes,
+        "num_classes": collate.num_classes, "multi_label": getattr(collate, "multi_label", False),
     }  # fmt: skip
     if twice := sorted(settings.keys() & (mix or {}).keys()):
         raise ValueError(f"mix must not have {', '.join(twice)}, which collate_fn has")

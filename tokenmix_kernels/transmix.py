@@ -38,8 +38,8 @@ def attention_targets(
         w_own = ratio * sum((1 - M) a) / sum(a) + (1 - ratio) * mean(1 - M)        w_partner = 1 - w_own
 
     TransMix has ratio = 0.5; MixPro has `progressive_ratio(logits, targets)`. An image whose attention has no positive
-    sum has its share of the area. Targets are w * (1 - eps) at each label and eps / K more at every class. Labels [B, K]
-    are taken times their weight.
+    sum has its share of the area. Targets are w * (1 - eps) at each label and eps / K more at every class. Labels
+    [B, K] count times their weight.
 
     A training step by MixPro, with `mixer = TokenMix(..., return_mix=True)` and `evidence = ClassAttention(model)`::
 
@@ -52,7 +52,7 @@ def attention_targets(
     Args:
         attention: [B, Gh * Gw] or [B, Gh, Gw] of any float dtype, as `ClassAttention.take` has it.
         mask: [B, Gh, Gw] bool, True = from the partner; or float32, the share of each patch that is the partner's.
-        labels: [B] class numbers of any integer dtype or bool, or [B, K] in [0, 1] of any float or integer dtype or bool.
+        labels: [B] class numbers of any integer dtype or bool, or [B, K] in [0, 1] of these or any float dtype.
         partner: [B] int64 or int32 indices; the batch reversed if not given.
         num_classes: K.
         kind: [B] uint8, how each sample was mixed, as `Mix.kind` has it. Samples that are blended (Mixup) or unmixed

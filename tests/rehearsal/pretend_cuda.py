@@ -296,9 +296,10 @@ class Launches:
         elif images is None:
             weights.copy_(reference.pool_targets(evidence, labels, mask, partner))
         else:
-            inside = (labels >= 0) & (labels < settings.num_classes)
+            if labels.dim() == 1:
+                labels = labels.where((labels >= 0) & (labels < settings.num_classes), 0)
             found = reference.mix(
-                images, out, labels.where(inside, 0), partner, evidence, mask, seed, offset, settings
+                images, out, labels, partner, evidence, mask, seed, offset, settings
             )  # fmt: skip
             for place, value in zip((targets, mask_out, weights, kind), found, strict=True):
                 if place is not None:
@@ -308,7 +309,9 @@ class Launches:
         """What attention_kernel writes, by the reference."""
         targets, mix_, pairs = (held(arguments[name]) for name in ("targets", "mix", "pairs"))
         targets.copy_(
-            reference.attention_targets(mix_, pairs.labels, pairs.partner, targets.shape[1], arguments["smoothing"])
+            reference.attention_targets(
+                mix_, pairs.labels, pairs.partner, targets.shape[1], arguments["smoothing"], arguments["MULTI_LABEL"]
+            )
         )
 
 

@@ -286,7 +286,8 @@ def prepare(
     fixed = fixed_part(
         shape, strides, out_strides, in_bytes, out_bytes, alignment, images is not None, plain,
         images is not None and images is out, map_shape, map_vec, 0 if boxes is None else boxes.stride(1),
-        evidence.box_format, labels is not None and labels.dim() == 2, settings, device, card_of(device) if card is None else card,
+        evidence.box_format, labels is not None and labels.dim() == 2, settings, device,
+        card_of(device) if card is None else card,
     )  # fmt: skip
     seed_low, seed_high = halves(seed)
     pointers = EvidencePointers(

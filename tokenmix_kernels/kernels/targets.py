@@ -127,8 +127,8 @@ def write_rows(
     rest = tl.div_rn(tl.cast(smoothing, tl.float32), tl.full([], 2 if RULE.MULTI_LABEL else K, tl.float32))
     sides = tl.arange(0, 2)
     areas = tl.where(sides == 0, AREA - moved, moved).to(tl.float32) * (1.0 / AREA)
-    by_area = tl.where(by_lam, tl.where(sides == 0, drawn.lam, 65536 - drawn.lam).to(tl.float32) * CONST.value.UNIT, areas)
-    weights = by_area  # [2]
+    lams = tl.where(sides == 0, drawn.lam, 65536 - drawn.lam).to(tl.float32) * CONST.value.UNIT
+    weights = tl.where(by_lam, lams, areas)  # [2]
     if evidence.maps is not None and not BY_CLASS:
         n = 0
         while n < 2:

@@ -169,7 +169,8 @@ def pool_classes(evidence: Evidence, labels: Tensor, partner: Tensor, taken: Ten
     weights = area[:, :, None].repeat(1, 1, labels.shape[1])
     grid = (taken.shape[1], taken.shape[2])
     for side, (source, share) in enumerate(((counting(len(labels)), 1 - taken), (partner, taken))):
-        for rows, classes in zip(*(part.split(MOST_AT_ONCE) for part in labels[source].nonzero(as_tuple=True)), strict=True):
+        found = [part.split(MOST_AT_ONCE) for part in labels[source].nonzero(as_tuple=True)]
+        for rows, classes in zip(*found, strict=True):
             pooled = pool_tokens(of_images(evidence, source[rows]), classes, grid)
             total, kept = pooled.sum((1, 2)), (pooled * share[rows]).sum((1, 2))
             known = (total > 0) & (total < torch.inf)
@@ -179,12 +180,16 @@ def pool_classes(evidence: Evidence, labels: Tensor, partner: Tensor, taken: Ten
 
 def of_images(evidence: Evidence, images: Tensor) -> Evidence:
     """The evidence of the images with these places in the batch, which may repeat."""
-    chosen = {
-        name: None if value is None else value[images.to(value.device)]
-        for name, value in evidence._asdict().items()
-        if name in ("ids", "boxes", "flips", "affines")
-    }
-    return evidence._replace(**{**chosen, "ids": images if evidence.ids is None else chosen["ids"]})
+
+    def each(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[images.to(value.device)]
+
+    return evidence._replace(
+        ids=images if evidence.ids is None else each(evidence.ids),
+        boxes=each(evidence.boxes),
+        flips=each(evidence.flips),
+        affines=each(evidence.affines),
+    )
 
 
 def areas(taken: Tensor) -> Tensor:
