@@ -182,6 +182,7 @@ def other_sentences(summary: dict[str, Any], pairs: Differences) -> Iterator[str
         f"With a mixer the calibration error is lower than with {baseline} in {better['ece']} of {len(pairs)} "
         f"comparisons, NLL is lower in {better['nll']}, and balanced accuracy is higher in {better['balanced']}."
     )
+    yield blanked_sentence(summary, pairs)
     for task in summary["tasks"]:
         plain = [s for s in summary["settings"] if s["task"] == task and baseline in s["mixers"]]
         if not plain:
@@ -195,6 +196,32 @@ def other_sentences(summary: dict[str, Any], pairs: Differences) -> Iterator[str
             f"{after[baseline]:.1f} points, with {short(widest).partition(', ')[2]}: {trained:.1f} % on the training "
             "images" + (f". The gap with mixers there: {others}." if others else ".")
         )
+
+
+def blanked_sentence(summary: dict[str, Any], pairs: Differences) -> str:
+    """How many mixers stand blanked tokens better than the baseline, and which one the best."""
+    baseline = summary["baseline"]
+    rows = []
+    for setting, mixer, _ in pairs:
+        tops = [
+            [curve[at_share(setting["mixers"][name])] for curve in setting["mixers"][name]["occlusion"]["random"]]
+            for name in (mixer, baseline)
+        ]
+        own, plain = (sum(top) / len(top) for top in tops)
+        rows.append((own - plain, own, plain, mixer, setting))
+    _, own, plain, mixer, setting = max(rows, key=lambda row: row[0])
+    share = setting["mixers"][mixer]["occlusion"]["shares"][at_share(setting["mixers"][mixer])]
+    return (
+        f"With {100 * share:g} % of the tokens blanked at random, top-1 is higher with a mixer than with {baseline} in "
+        f"{sum(row[0] > 0 for row in rows)} of {len(rows)} comparisons; the largest difference is that of {mixer} on "
+        f"{short(setting)}: {own:.1f} against {plain:.1f} %."
+    )
+
+
+def at_share(figures: dict[str, Any], share: float = 0.3) -> int:
+    """The place of a share of blanked tokens, or of the nearest one, in the occlusion curves."""
+    shares = figures["occlusion"]["shares"]
+    return min(range(1, len(shares)), key=lambda place: abs(shares[place] - share))
 
 
 def gap(setting: dict[str, Any], mixer: str) -> float:
@@ -312,7 +339,7 @@ def occlusion_table(summary: dict[str, Any]) -> str:
                 continue
             figures = setting["mixers"][mixer]
             found = figures["occlusion"]
-            place = min(range(1, len(found["shares"])), key=lambda i: abs(found["shares"][i] - 0.3))
+            place = at_share(figures)
             row = [short(setting), mixer, str(len(figures["seeds"])), f"{figures['top1']['mean']:.1f}"]
             for order in ("random", "evidence"):
                 if order not in found:
