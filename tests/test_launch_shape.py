@@ -13,8 +13,8 @@ A100, H100 = Card(108, 40 << 20, True), Card(132, 50 << 20, True)
 
 def shape(batch=128, in_bytes=2, out_bytes=2, height=224, patch=16, dense=True, in_place=False, card=H100):
     return launch_shape(
-        batch, 3, height, 224, patch, False, in_bytes, out_bytes, 16, dense, in_bytes != out_bytes, False, in_place,
-        card,
+        batch, 3, height, 224, patch, False, in_bytes, out_bytes, 16, dense, in_bytes != out_bytes, False, False,
+        in_place, card,
     )[0]  # fmt: skip
 
 

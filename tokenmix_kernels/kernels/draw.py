@@ -109,7 +109,29 @@ def load_ratios(tables):
 
 
 @triton.jit
-def try_four(area, factors, position, free, remaining, tries, first_row, j, GRID: tl.constexpr, WORD: tl.constexpr):
+def whole_root(x, PTX: tl.constexpr):
+    """The integer part of the correctly rounded square root of fp32 numbers from 1 to 2**32.
+
+    In PTX by the steps that the assembler takes for `sqrt.rn`, without its branch for other numbers, and rounded down
+    into the low mantissa bits of 2**23: every window of tries waits for it.
+    """
+    if PTX:
+        whole = tl.inline_asm_elementwise(
+            "{ .reg .f32 r, s, h, e; rsqrt.approx.ftz.f32 r, $1; mul.rn.f32 s, $1, r; mul.rn.f32 h, r, 0f3F000000; "
+            "neg.f32 e, s; fma.rn.f32 e, e, s, $1; fma.rn.f32 s, e, h, s; add.rz.f32 s, s, 0f4B000000; "
+            "mov.b32 $0, s; sub.s32 $0, $0, 0x4B000000; }",
+            "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        whole = tl.sqrt_rn(x).to(tl.int32)
+    return whole
+
+
+@triton.jit
+def try_four(
+    area, factors, position, free, remaining, tries, first_row, j, GRID: tl.constexpr, PTX: tl.constexpr,
+    WORD: tl.constexpr,
+):  # fmt: skip
     """One window of four tries.
 
     Returns what is free now [4, WORDS], the tokens that remain, and the tries that are left in a row (times 2**16).
@@ -121,7 +143,7 @@ def try_four(area, factors, position, free, remaining, tries, first_row, j, GRID
     SHIFT: tl.constexpr = 14 + GRID.AREA_BITS // 2
     SHIFTED: tl.constexpr = CONST.value.SHIFTED
     area = power_of_2(GRID.AREA_BITS) + (remaining - 1) * area
-    side = tl.sqrt_rn(area.to(tl.float32)).to(tl.int32)
+    side = whole_root(area.to(tl.float32), PTX)
     h = (side * (factors & 0xFFFF) + HALF) >> SHIFT
     w = (side * (factors >> 16) + HALF) >> SHIFT
     tops, lefts = GH + 1 - h, GW + 1 - w
@@ -153,7 +175,7 @@ def try_four(area, factors, position, free, remaining, tries, first_row, j, GRID
 
 
 @triton.jit
-def block_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl.constexpr):
+def block_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
     """Rectangles of random area and aspect ratio until `tokens` are masked: (words [4, WORDS], tokens masked).
 
     A word holds WORD_ROWS grid rows, bit r * GW + c of its rows. Four tries are looked at side by side (first axis),
@@ -181,11 +203,11 @@ def block_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: t
             lane = step + word * 0 + j * 0
             free, remaining, tries = try_four(
                 tl.gather(area_a, lane, 1), tl.gather(factors_a, lane, 1), tl.gather(position_a, lane, 1),
-                free, remaining, tries, first_row, j, GRID, WORD,
+                free, remaining, tries, first_row, j, GRID, PTX, WORD,
             )  # fmt: skip
             free, remaining, tries = try_four(
                 tl.gather(area_b, lane, 1), tl.gather(factors_b, lane, 1), tl.gather(position_b, lane, 1),
-                free, remaining, tries, first_row, j, GRID, WORD,
+                free, remaining, tries, first_row, j, GRID, PTX, WORD,
             )  # fmt: skip
             step += 1
         draws += 4 * WORDS
@@ -232,7 +254,7 @@ def smallest_keys(key, sample, number, counted, wanted, KEY_BITS: tl.constexpr):
 
 
 @triton.jit
-def random_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl.constexpr):
+def random_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
     """The `tokens` tokens with the smallest keys: (words [4, WORDS], tokens masked)."""
     WORDS: tl.constexpr = GRID.WORDS
     KEY_BITS: tl.constexpr = bit_length(GRID.GH * GRID.GW - 1)
@@ -241,7 +263,7 @@ def random_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: 
 
 
 @triton.jit
-def given_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl.constexpr):
+def given_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
     """A mask from memory, bytes [B, GH, GW]: (words [4, WORDS], tokens masked)."""
     WORDS: tl.constexpr = GRID.WORDS
     bit, token, real = token_of(GRID)
@@ -249,7 +271,7 @@ def given_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: t
 
 
 @triton.jit
-def grid_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl.constexpr):
+def grid_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
     """Random cells of CELL x CELL tokens, as many as the share of `tokens` stands for: (words, tokens masked).
 
     Each token finds its cell's key, drawn as in `random_mask`; the first token of each cell stands for it in the count.
@@ -272,7 +294,7 @@ def grid_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, WORD: tl
 def cut_length(lam, SIZE: tl.constexpr):
     """The integer part of SIZE * sqrt(1 - lam), exactly: a float guess, corrected by whole numbers."""
     wanted = (65536 - lam).to(tl.int64) * (SIZE * SIZE)
-    guess = (tl.sqrt_rn((65536 - lam).to(tl.float32)) * (SIZE / 256.0)).to(tl.int64)
+    guess = (tl.sqrt_rn((65536 - lam).to(tl.float32)) * (SIZE / 256.0)).to(tl.int32).to(tl.int64)
     guess += ((guess + 1) * (guess + 1) * 65536 <= wanted).to(tl.int64)
     guess -= (guess * guess * 65536 > wanted).to(tl.int64)
     return guess.to(tl.int32)
@@ -313,6 +335,7 @@ def draw(
     MASK_RULE: tl.constexpr,  # a function NAME_mask of this file, or None for rectangles
     GRID: tl.constexpr,
     RULE: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """What sample i with partner j gets."""
     WORD: tl.constexpr = tl.uint32 if GRID.GW <= 32 else tl.uint64
@@ -330,7 +353,7 @@ def draw(
     words = tl.zeros([4, WORDS], WORD)
     if RULE.WHOLE_TOKENS:
         if kind == RULE.KIND:
-            words, masked = MASK_RULE(key, sample, i, tokens, mask, ratios, GRID, WORD)
+            words, masked = MASK_RULE(key, sample, i, tokens, mask, ratios, GRID, PTX, WORD)
     elif kind == RULE.KIND:
         top, bottom, left, right = cutmix_rectangle(key, sample, lam, plan, GRID, RULE)
     return Draw(kind, lam, words, masked, top, bottom, left, right)

@@ -14,17 +14,17 @@ __all__ = ["mix_kernel"]
 
 @triton.jit
 def place_of(n, batch, TILE: tl.constexpr):
-    """What program n does: (program of its sample, sample, side of the targets or -1 for pixels)."""
+    """What program n does: (whether it moves pixels, program of its sample, sample, side of the targets)."""
     PIXELS: tl.constexpr = TILE.PIXELS
     beyond = n - batch * PIXELS
-    side = tl.where(beyond < 0, -1, beyond & 1)
     i = beyond >> 1
     program = i
+    moves = n < batch * PIXELS
     if PIXELS > 0:
         own = (n.to(tl.uint32) // PIXELS).to(tl.int32)
         program = n - own * PIXELS
-        i = tl.where(beyond < 0, own, i)
-    return program, i.to(tl.int64), side
+        i = tl.where(moves, own, i)
+    return moves, program, i.to(tl.int64), beyond & 1
 
 
 @triton.jit(do_not_specialize=["seed", "seed_high", "sample_offset", "batch"])
@@ -56,24 +56,27 @@ def mix_kernel(
     Every program draws its sample's mask anew, in registers: cheaper than passing it on. In place the program of the
     pair's first sample moves both, and `partner` must be its own inverse (a sample for which it is not is left alone).
     """
-    program, i, side = place_of(tl.program_id(0), batch, TILE)
+    PTX: tl.constexpr = LAYOUT.PTX
+    moves, program, i, side = place_of(tl.program_id(0), batch, TILE)
     j = partner_of(pairs.partner, i, batch)
     if LAYOUT.IN_PLACE:
         j = tl.where(partner_of(pairs.partner, j, batch) == i, j, i)
     ratios = load_ratios(tables)  # before the look-ahead: behind megabytes of pixels the draw would wait for it
-    if LAYOUT.PTX:
-        if images is not None:  # noqa: SIM102, this is known at compile time
-            if side < 0:
-                look_ahead_of_pixels(images, strides.images, normalisation, i, program, GRID, LAYOUT, TILE)
-        if side >= 0:
+    if PTX:
+        # In this order, here and below, the assembler puts the code of pixels first, and no jump waits for instructions.
+        if not moves:
             look_ahead_of_targets(pairs, evidence, i, j, side, RULE, MAPS)
-    if (side >= 0) | (not LAYOUT.IN_PLACE) | (i < j):
-        drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, ratios, MASK_RULE, GRID, RULE)
-        if side >= 0:
+        elif images is not None:
+            look_ahead_of_pixels(images, strides.images, normalisation, i, program, GRID, LAYOUT, TILE)
+    if (not moves) | (not LAYOUT.IN_PLACE) | (i < j):
+        drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, ratios, MASK_RULE, GRID, RULE, PTX)
+        if not moves:
             write_targets(pairs, evidence, results, i, j, side, drawn, smoothing, GRID, RULE, MAPS)
         elif images is not None:
             pixels = Pixels(images, out, strides.images, strides.out, normalisation.shift, normalisation.scale)
             drawn_j = drawn
             if LAYOUT.IN_PLACE and RULE.DRAW_EACH:
-                drawn_j = draw(seed, seed_high, sample_offset, j, i, mask, plan, tables, ratios, MASK_RULE, GRID, RULE)
+                drawn_j = draw(
+                    seed, seed_high, sample_offset, j, i, mask, plan, tables, ratios, MASK_RULE, GRID, RULE, PTX
+                )
             mix_rows(pixels, i, j, program, drawn, drawn_j, GRID, LAYOUT, TILE, RULE)

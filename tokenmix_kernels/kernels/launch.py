@@ -76,7 +76,8 @@ def card_of(device: torch.device) -> Card:
 @lru_cache(maxsize=256)
 def launch_shape(
     batch: int, channels: int, height: int, width: int, patch: int, nhwc: bool, in_bytes: int, out_bytes: int,
-    alignment: int, dense: bool, converts: bool, blends: bool, in_place: bool, card: Card,
+    alignment: int, dense: bool, converts: bool, mixup: bool, rectangles: bool,
+    in_place: bool, card: Card,
 ) -> tuple[Tile, int, int, int]:  # fmt: skip
     """How a launch is divided.
 
@@ -87,7 +88,7 @@ def launch_shape(
         alignment: a divisor of all strides but the innermost and of the first addresses, in values.
         dense: whether lines of pixels follow each other in memory without gaps.
         converts: whether pixels are normalised or change their dtype.
-        blends: whether a pixel may need both images (Mixup, rectangles).
+        mixup, rectangles: whether a sample may be mixed so, which takes pixels of both images.
         in_place: whether a pair's tokens change places.
         card: the device.
 
@@ -106,7 +107,8 @@ def launch_shape(
     vec = gcd(16 // max(in_bytes, out_bytes), span, alignment)
     cols = min(32 * vec, triton.next_power_of_2(line))
     tall = triton.next_power_of_2(patch)
-    lines = min(tall, 4) if blends else tall if converts and not nhwc else min(tall, 8)
+    blends = mixup or rectangles
+    lines = tall if converts and not (nhwc or blends) else min(tall, 4 if rectangles or (mixup and in_place) else 8)
     word_rows = max(1, 32 // grid_w) if grid_w <= 32 else 1
     word_rows = min(word_rows, -(-grid_h // 8))
     words = triton.next_power_of_2(-(-grid_h // word_rows))
@@ -162,7 +164,7 @@ def fixed_part(
     dense = sh == width * channels if nhwc else sw == 1 and sh == width
     tile, word_rows, words, warps = launch_shape(
         batch, channels, height, width, patch, nhwc, in_bytes, out_bytes, alignment, dense, not plain,
-        has_mixup or not rule.whole_tokens, in_place, card,
+        has_mixup, not rule.whole_tokens, in_place, card,
     )  # fmt: skip
     if not moves:
         tile = tile._replace(PIXELS=0, AHEAD=0)

@@ -121,17 +121,26 @@ def columns(block, BLOCK: tl.constexpr, NEAR: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
+def load_words(source, at, WORD: tl.constexpr, BYTES: tl.constexpr, NEAR: tl.constexpr):
+    """The words at [LINES, COLS] places from an address on, NEAR neighbours of which are aligned to BYTES."""
+    places = source.to(tl.pointer_type(WORD), bitcast=True) + at
+    return tl.load(tl.max_contiguous(tl.multiple_of(places, (1, BYTES)), (1, NEAR)))
+
+
+@triton.jit
 def take_tokens(
     pixels,
     i,
     j,
     row,
     bits,  # of `row_bits`
+    lam,
     GRID: tl.constexpr,
     LAYOUT: tl.constexpr,
     TILE: tl.constexpr,
+    MIXUP: tl.constexpr,
 ):
-    """One row of tokens of out[i], each from images[i] or images[j].
+    """One row of tokens of out[i], each from images[i] or images[j]; with MIXUP all of them from both, `lam` of i.
 
     A tile is LINES lines of pixels by COLS neighbours in memory. The source of each VEC neighbours is found once for
     all channels and lines, so that what is left is one load and one store. Where nothing is converted, PACK values
@@ -140,8 +149,8 @@ def take_tokens(
     P: tl.constexpr = GRID.P
     C: tl.constexpr = LAYOUT.C
     NHWC: tl.constexpr = LAYOUT.NHWC
-    PACK: tl.constexpr = TILE.PACK
-    LINES: tl.constexpr = TILE.LINES
+    PACK: tl.constexpr = 1 if MIXUP else TILE.PACK
+    LINES: tl.constexpr = max(1, TILE.LINES // 2) if MIXUP else TILE.LINES  # as many loads
     SPAN: tl.constexpr = (P * C if NHWC else P) // PACK
     WIDTH: tl.constexpr = (GRID.W * C if NHWC else GRID.W) // PACK
     PLANES: tl.constexpr = 1 if NHWC else C
@@ -176,17 +185,19 @@ def take_tokens(
         line = first + tl.arange(0, LINES)
         line = (tl.minimum(line, P - 1) if P % LINES != 0 else line).to(tl.int64)[:, None]
         for group in tl.static_range(0, CHUNKS, TOGETHER):
-            taken = ()
+            taken, others = (), ()
             for chunk in tl.static_range(group, min(group + TOGETHER, CHUNKS)):
                 column = columns(chunk // PLANES, BLOCK, NEAR, WIDTH)  # [BLOCK]
-                source = own_row + tl.where(token_bit(bits, column, SPAN), apart, 0)
-                source = source.to(tl.pointer_type(WORD), bitcast=True)[None, :]
                 at = (column * STEP)[None, :] + (line * SH + (chunk % PLANES) * SC)
-                at = tl.max_contiguous(tl.multiple_of(source + at, (1, IN_BYTES)), (1, NEAR))
-                taken = taken + (tl.load(at),)  # type: ignore[assignment]  # noqa: RUF005
+                source = own_row if MIXUP else own_row + tl.where(token_bit(bits, column, SPAN), apart, 0)[None, :]
+                taken = taken + (load_words(source, at, WORD, IN_BYTES, NEAR),)  # type: ignore[assignment]  # noqa: RUF005
+                if MIXUP:
+                    others = others + (load_words(own_row + apart, at, WORD, IN_BYTES, NEAR),)  # type: ignore[assignment]  # noqa: RUF005
             for chunk in tl.static_range(group, min(group + TOGETHER, CHUNKS)):
                 column = columns(chunk // PLANES, BLOCK, NEAR, WIDTH)
-                value = finish(taken[chunk - group], pixels, column, chunk % PLANES, LAYOUT, TILE, OUT_WORD)
+                value = taken[chunk - group]
+                value = blend(value, others[chunk - group], lam) if MIXUP else value
+                value = finish(value, pixels, column, chunk % PLANES, LAYOUT, TILE, OUT_WORD)
                 at = (column * OUT_STEP)[None, :] + (line * OH + (chunk % PLANES) * OC)
                 tl.store(tl.max_contiguous(tl.multiple_of(out_row + at, (1, OUT_BYTES)), (1, NEAR)), value)
 
@@ -349,19 +360,18 @@ def mix_rows(
 ):
     """ROWS rows of tokens of sample i; in place of sample j too."""
     # A sample that is its own partner is left as it is, in every branch.
-    alone = i == j
-    blends = (not RULE.WHOLE_TOKENS) or (
-        RULE.HAS_MIXUP and (LAYOUT.IN_PLACE or ((drawn.kind == CONST.value.MIXUP) & ~alone))
-    )
+    mixup = (drawn.kind == CONST.value.MIXUP) & (i != j)
     row = program * TILE.ROWS
     last = tl.minimum(row + TILE.ROWS, GRID.GH)
     while row < last:
         bits = row_bits(drawn.mask, row, GRID)
         bits_j = row_bits(drawn_j.mask, row, GRID) if LAYOUT.IN_PLACE else bits
-        if blends:
+        if not RULE.WHOLE_TOKENS or (RULE.HAS_MIXUP and LAYOUT.IN_PLACE):
             blend_pixels(pixels, i, j, row, drawn, bits, drawn_j, bits_j, GRID, LAYOUT, TILE, RULE)
         elif LAYOUT.IN_PLACE:
             swap_tokens(pixels, i, j, row, bits, bits_j, GRID, LAYOUT, TILE)
+        elif RULE.HAS_MIXUP and mixup:
+            take_tokens(pixels, i, j, row, bits, drawn.lam, GRID, LAYOUT, TILE, True)
         else:
-            take_tokens(pixels, i, j, row, bits, GRID, LAYOUT, TILE)
+            take_tokens(pixels, i, j, row, bits, drawn.lam, GRID, LAYOUT, TILE, False)
         row += 1
