@@ -1,7 +1,7 @@
 """Time on a GPU what the simulator predicts, so that its model can be corrected.
 
-The launch of today, without its look-ahead, and in two other cuts, each with a cold and with a warm L2 cache, beside
-the simulated figure where there is one for the card and the launch.
+The launch of today, without its look-ahead of pixels, and in another cut, each with a cold and with a warm L2 cache,
+beside the simulated figure where there is one for the card and the launch.
 """
 
 import time
@@ -41,8 +41,8 @@ def cases(batches: Iterable[int] = (128, 32, 64, 256, 512)) -> list[Case]:
 def variants(launch: Launch) -> Iterator[tuple[str, Launch]]:
     """The launch in all ways that are timed."""
     yield TODAY, launch
-    plain = {"TILE": launch.args["TILE"]._replace(AHEAD=0), "LAYOUT": launch.args["LAYOUT"]._replace(PTX=False)}
-    yield "without look-ahead", launch._replace(args={**launch.args, **plain})
+    tile = launch.args["TILE"]._replace(AHEAD=0)
+    yield "without look-ahead of pixels", launch._replace(args={**launch.args, "TILE": tile})
     yield "two warps, 4 rows", recut(launch, Cut(rows=4, warps=2))
 
 

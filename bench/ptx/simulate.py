@@ -6,6 +6,8 @@ folder with the modules `ptxsim`, `ptxsim_sass` and `ptxsim_timing`. Figures are
 """
 
 import argparse
+import hashlib
+import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from tokenmix_kernels.kernels import Card
 
 from ..cases import SIMULATED, Case
-from ..launch import difference, launch_of
+from ..launch import Launch, difference, launch_of
 from ..machine import describe, write_json
 from .copies import Baselines, baseline_of
 from .simulator import Simulator, load_simulator
@@ -75,9 +77,16 @@ def rows_of(case: Case) -> dict[str, dict[str, float]]:
     return {case.name: {}, **({WARM: {"warm_reads": 1}} if case.name == "fp16 B 128" else {})}
 
 
+def code_of(simulator: Simulator, compiled: Any, launch: Launch, baselines: Baselines) -> str:
+    """A hash of the machine code, the launch and the baselines: what a row depends on."""
+    code = [op.text for op in simulator.sass.decode(simulator.sass.disassemble(compiled.cubin))]
+    return hashlib.sha256("\n".join([*code, str(launch.grid), baselines.digest]).encode()).hexdigest()[:16]
+
+
 def simulate_case(
-    simulator: Simulator, baselines: Baselines, case: Case, card: str, names: Iterable[str], sensitivities: bool
-) -> list[dict[str, Any]]:
+    simulator: Simulator, baselines: Baselines, case: Case, card: str, names: Iterable[str], sensitivities: bool,
+    known: dict[tuple[str, str], dict[str, Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
     """Run a case's launch, compare it with the reference, and replay it on a card.
 
     Args:
@@ -87,21 +96,24 @@ def simulate_case(
         card: 'A100' or 'H100'.
         names: of the rows wanted, as `rows_of` names them.
         sensitivities: whether to replay under all assumptions, not the nominal one alone.
+        known: earlier rows by case and card. They are taken as they are where the machine code is the same.
 
     Returns:
         One row for each name. `by_assumption` holds the ratio of cycles to the baseline's under each assumption.
     """
     launch = launch_of(case, card=SHAPES[card])
     compiled = simulator.ptxsim.compile_kernel(launch.kernel, launch.args, arch=CARDS[card], **launch.options)
+    code = code_of(simulator, compiled, launch, baselines)
+    wanted = {k: change for k, change in assumptions(simulator.timing, card).items() if sensitivities or k == NOMINAL}
+    before = [known.get((name, card), {}) for name in names]
+    if all(row.get("code") == code and wanted.keys() <= row["by_assumption"].keys() for row in before):
+        return before
     trace = simulator.sass.record(compiled, launch.grid, launch.args)
     equal, error = difference(launch)
     rows = []
     for name in names:
         always = rows_of(case)[name]
-        wanted = assumptions(simulator.timing, card)
-        changes = {
-            kind: {**change, **always} for kind, change in wanted.items() if sensitivities or kind == NOMINAL
-        }  # fmt: skip
+        changes = {kind: {**change, **always} for kind, change in wanted.items()}
         keys = {kind: f"{kind}, {WARM}" if always else kind for kind in changes}
         against = baselines.cycles(
             baseline_of(case), card, CARDS[card], {keys[kind]: change for kind, change in changes.items()}
@@ -111,7 +123,7 @@ def simulate_case(
         nominal = results[NOMINAL]
         bar = BARS[name]
         rows.append({
-            "case": name, "card": card, "sm": CARDS[card], "batch": case.batch,
+            "case": name, "card": card, "sm": CARDS[card], "batch": case.batch, "code": code,
             "cycles": float(nominal.cycles), "microseconds": float(nominal.microseconds),
             "against": baseline_of(case).kind, "baseline_cycles": against[keys[NOMINAL]],
             "ratio": ratios[NOMINAL], "lowest": min(ratios.values()), "highest": max(ratios.values()),
@@ -140,11 +152,22 @@ def line(row: dict[str, Any], seconds: float) -> str:
     )
 
 
+def keys() -> list[tuple[str, str]]:
+    """All rows of the table by case and card, in its order."""
+    return [(name, card) for case in SIMULATED.values() for card in CARDS for name in rows_of(case)]
+
+
+def known_rows(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of a result file by case and card; none if there is no such file."""
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return {(row["case"], row["card"]): row for row in rows}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [name for case in SIMULATED.values() for name in rows_of(case)]
     parser.add_argument("--ptxsim", type=Path, required=True, help="folder of the simulator")
     parser.add_argument("--out", type=Path, default=Path("bench/results/simulated.json"))
-    parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=f"these alone: {', '.join(names)}")
+    parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help="these alone; the file's others stay")
     parser.add_argument("--cards", nargs="+", choices=list(CARDS), default=list(CARDS))
     parser.add_argument("--sensitivities", action="store_true", help="also under other assumptions about the card")
     parser.add_argument("--quick", action="store_true", help="print a line for each case and card, write no file")
@@ -164,6 +187,7 @@ def main(asked: argparse.Namespace) -> None:
         if (names := [name for name in rows_of(case) if not asked.cases or name in asked.cases])
     ]
     started = time.perf_counter()
+    known = known_rows(asked.out)
     record: dict[str, Any] = {
         "kind": "simulated",
         "command": "python -m bench simulate --ptxsim DIR" + (" --sensitivities" if asked.sensitivities else ""),
@@ -171,14 +195,14 @@ def main(asked: argparse.Namespace) -> None:
         "shape": [3, 224, 224],
         "patch_size": 16,
         "maps": "top-5 18x18 float16, int64 class numbers, boxes",
-        "rows": [],
     }
     for case, card, names in tqdm(jobs, unit="case", disable=None):
         begun = time.perf_counter()
-        rows = simulate_case(simulator, baselines, case, card, names, asked.sensitivities)
+        rows = simulate_case(simulator, baselines, case, card, names, asked.sensitivities, known)
         for row in rows:
             tqdm.write(line(row, time.perf_counter() - begun))
-        record["rows"] += rows
+        known |= {(row["case"], card): row for row in rows}
+        record["rows"] = [known[key] for key in keys() if key in known]
         record["seconds"] = round(time.perf_counter() - started)
         if not asked.quick:
             write_json(asked.out, record)  # after each case: a run that is stopped keeps what it has

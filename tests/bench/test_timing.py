@@ -181,7 +181,7 @@ def test_what_is_simulated_is_timed_cold_and_warm_in_three_ways() -> None:
     cold, warm = counted_clock([], 10.0)[0].kernel, counted_clock([], 3.0)[0].kernel
     of_card = simulated_microseconds(known, "NVIDIA H100 80GB HBM3")
     rows = compare(torch.device("cpu"), cold, warm, of_card, 60, [case], fill)
-    assert [row["launch"] for row in rows] == ["as launched", "without look-ahead", "two warps, 4 rows"]
+    assert [row["launch"] for row in rows] == ["as launched", "without look-ahead of pixels", "two warps, 4 rows"]
     assert [(row["cold_us_p50"], row["warm_us_p50"]) for row in rows] == [(20.0, 6.0)] * 3
     assert [row.get("cold_to_simulated") for row in rows] == [2.0, None, None]
 
