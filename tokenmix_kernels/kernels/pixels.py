@@ -195,7 +195,7 @@ def take_tokens(
                     others = others + (load_words(own_row + apart, at, WORD, IN_BYTES, NEAR),)  # type: ignore[assignment]  # noqa: RUF005
             for chunk in tl.static_range(group, min(group + TOGETHER, CHUNKS)):
                 column = columns(chunk // PLANES, BLOCK, NEAR, WIDTH)
-                value = taken[chunk - group]
+                value = taken[chunk - group]  # type: ignore[var-annotated]
                 value = blend(value, others[chunk - group], lam) if MIXUP else value
                 value = finish(value, pixels, column, chunk % PLANES, LAYOUT, TILE, OUT_WORD)
                 at = (column * OUT_STEP)[None, :] + (line * OH + (chunk % PLANES) * OC)
