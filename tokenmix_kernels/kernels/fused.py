@@ -63,7 +63,7 @@ def mix_kernel(
         j = tl.where(partner_of(pairs.partner, j, batch) == i, j, i)
     ratios = load_ratios(tables)  # before the look-ahead: behind megabytes of pixels the draw would wait for it
     if PTX:
-        # In this order, here and below, the assembler puts the code of pixels first, and no jump waits for instructions.
+        # In this order, here and below, the assembler puts pixels first: no jump to code that is not in the cache yet.
         if not moves:
             look_ahead_of_targets(pairs, evidence, i, j, side, RULE, MAPS)
         elif images is not None:
