@@ -1,4 +1,4 @@
-"""Random mixes: the kernels against the reference, and the public face against wrong input.
+"""Random mixes: the kernels against the reference.
 
 `python -m tests.fuzz --cases 100000` compares for as long as it is told; the tests run a bounded part of the same
 cases. A difference is reported with the number that makes its case again: `--first NUMBER --cases 1`.
@@ -19,10 +19,10 @@ if __name__ == "__main__" and not any(argument.startswith("--ptxsim") for argume
 import torch
 from torch import Tensor
 
-from tokenmix_kernels import TokenMix, TopKMaps, dispatch, kernels, pool_targets, reference, token_mask, tokenmix
+from tokenmix_kernels import dispatch, kernels, reference
 from tokenmix_kernels.inputs import Evidence, Result
 from tokenmix_kernels.kernels.groups import Results
-from tokenmix_kernels.settings import MASK_RULES, Settings
+from tokenmix_kernels.settings import ERASE_MODES, MASK_RULES, Settings
 
 TOLERANCE = 1e-6  # of targets and weights
 EDGES = (0, 1, 16, 2**31 - 1)
@@ -131,6 +131,25 @@ def some_rows(pick: random.Random, batch: int, classes: int) -> Tensor:
     return wide[::2] if pick.random() < 0.3 else wide[::2].contiguous()
 
 
+def some_erasing(
+    number: int, dtype: torch.dtype, out_dtype: torch.dtype, normalise: bool, interpreted: bool
+) -> dict[str, Any]:
+    """How the images of a case are erased, from numbers of its own; at times not at all."""
+    pick = random.Random(f"erasing {number}")
+    if pick.random() < 0.6 or (dtype == torch.uint8 and not normalise):
+        return {}
+    most = pick.choice((1, 1, 2, 3))
+    return {
+        "erase_prob": pick.choice((0.25, 0.5, 1.0)),
+        "erase_mode": "const" if interpreted and out_dtype == torch.bfloat16 else pick.choice(ERASE_MODES),
+        "erase_area": pick.choice(((0.02, 1 / 3), (0.3, 0.9), (0.0, 1.0), (0.1, 0.1))),
+        "erase_aspect": pick.choice(((0.3, 1 / 0.3), (0.1, 20.0), (1.0, 1.0))),
+        "erase_count": (pick.choice((1, most)), most),
+        "erase_evidence": most == 1 and pick.random() < 0.5,
+        "erase_splits": pick.choice((0, 0, 0, 2)),
+    }
+
+
 def some_case(number: int, interpreted: bool = True) -> Case:
     """The case of a number: always the same."""
     pick = random.Random(number)
@@ -190,6 +209,7 @@ def some_case(number: int, interpreted: bool = True) -> Case:
     if later.random() < 0.3:
         labels = some_rows(later, batch, classes)
         settings = settings._replace(multi_label=later.random() < 0.5)
+    settings = settings._replace(**some_erasing(number, dtype, out_dtype, bool(settings.mean), interpreted))
     return Case(
         images,
         labels,
@@ -281,11 +301,16 @@ def bits_of(images: Tensor) -> Tensor:
     return plain.view(torch.int16 if plain.element_size() == 2 else torch.int32)
 
 
-def compare(first: int, count: int, simulated: Simulated | None = None, report: Callable[[str], None] = print) -> int:
-    """Compare cases first ... first + count - 1; the number of those that differ."""
+def compare(
+    first: int, count: int, simulated: Simulated | None = None, report: Callable[[str], None] = print,
+    erasing: bool = False,
+) -> int:  # fmt: skip
+    """Compare cases first ... first + count - 1; the number of those that differ. With `erasing` those that erase."""
     bad = 0
     for number in range(first, first + count):
         case = some_case(number, simulated is None)
+        if erasing and case.settings.erase_prob == 0:
+            continue
         try:
             what = difference(case, module=simulated or kernels)
         except Exception as error:
@@ -298,69 +323,6 @@ def compare(first: int, count: int, simulated: Simulated | None = None, report: 
     return bad
 
 
-class Odd:
-    """An object of no use to anybody."""
-
-
-HOSTILE: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 2**31, 2**63, 2**70, 0.5, -0.5, 1.5, float("nan"), float("inf"), 1j, "", "block", "nan",
-    b"beta", (), [], (1,), (0.5, 0.5), (16, 8), {}, {1: 2}, Odd, Odd(), torch.float32, torch.int32, torch.device("cpu"),
-    torch.tensor(1), torch.tensor(0.5), torch.tensor([]), torch.zeros(3), torch.zeros(4, 4), torch.zeros(4).long(),
-    torch.full((4,), 99), torch.full((4,), -1), torch.zeros(4, 3, 32, 48, dtype=torch.complex64),
-    torch.zeros(4, 4, 6).bool(), torch.zeros(4, 3, 0, 0), torch.zeros(4, 3, 32, 48).to_sparse(),
-    torch.zeros(4, device="meta"), torch.full((4, 4), float("nan")), torch.zeros(4, 2, 3),
-)  # fmt: skip
-
-
-def hostile_calls() -> list[tuple[str, Callable[[], Any]]]:
-    """Every public function with every argument replaced by every hostile value in turn."""
-    batch = {"images": torch.rand(4, 3, 32, 48), "labels": torch.arange(4)}
-    maps = {"maps": torch.rand(4, 6, 7)}
-    options: dict[str, Any] = {
-        "num_classes": 5, "patch_size": 8, "boxes": None, "ids": None, "flips": None, "affines": None, "mask": None,
-        "partner": None, "lam": 0.5, "minimum_tokens": 1, "mask_type": "block", "mode": "elem", "label_smoothing": 0.1,
-        "seed": 1, "generator": None, "sample_offset": 0, "cutmix_alpha": 1.0, "cutmix_minmax": None,
-        "correct_lam": True, "mean": None, "std": None, "out": None, "out_dtype": None, "crop_axes": "correct",
-        "backend": "auto", "multi_label": False, "clamp_targets": False,
-    }  # fmt: skip
-    made = {"mixup_alpha": 0.8, "prob": 1.0, "switch_prob": 0.5, "num_classes": 5, "patch_size": 8}
-    made |= {"multi_label": False, "clamp_targets": False}
-    masks = {"batch": 2, "grid": (4, 6), "patch_size": 8, "seed": 1, "lam": 0.5, "mode": "elem", "device": None}
-    pool = {**maps, "labels": torch.arange(4), "mask": torch.zeros(4, 4, 6).bool(), "partner": None, "boxes": None}
-    functions: tuple[tuple[str, Callable[..., Any], dict[str, Any]], ...] = (
-        ("tokenmix", tokenmix, {**batch, **maps, **options}),
-        ("TokenMix", TokenMix, made),
-        ("token_mask", token_mask, masks),
-        ("pool_targets", pool_targets, pool),
-        ("tokenmix of rows", tokenmix, {**batch, "labels": torch.zeros(4, 5), **maps, **options, "multi_label": True}),
-        ("TopKMaps", lambda values, indices: tokenmix(**batch, maps=TopKMaps(values, indices), **options),
-         {"values": torch.rand(4, 2, 6, 7), "indices": torch.zeros(4, 2, 6, 7).long()}),
-    )  # fmt: skip
-    calls = []
-    for name, function, arguments in functions:
-        for argument in arguments:
-            for value in HOSTILE:
-                given = {**arguments, argument: value}
-                shown = f"{name}({argument}={type(value).__name__} {str(value)[:40]!r})".replace("\n", " ")
-                calls.append((shown, lambda function=function, given=given: function(**given)))
-    return calls
-
-
-def foreign(call: Callable[[], Any]) -> str | None:
-    """What is wrong with the answer to a hostile call: another exception than the promised, or one of many lines."""
-    try:
-        call()
-    except (TypeError, ValueError) as error:
-        # One of ours names what must be; those of torch and Python do not.
-        text = str(error)
-        if "\n" in text or len(text) > 400 or not ("must" in text or "no " in text):
-            return f"{type(error).__name__}: {text[:200]}"
-        return None
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    return None
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=1000, help="how many (default: 1000)")
@@ -368,9 +330,11 @@ def main() -> int:
     parser.add_argument(
         "--ptxsim", type=Path, metavar="DIR", help="execute compiled PTX by this folder's module ptxsim"
     )
+    parser.add_argument("--erasing", action="store_true", help="of these, only those in which images are erased")
     parser.add_argument("--arch", type=int, choices=(80, 90), default=90, help="to compile for (default: 90)")
     args = parser.parse_args()
-    bad = compare(args.first, args.cases, Simulated(args.ptxsim, args.arch) if args.ptxsim else None)
+    simulated = Simulated(args.ptxsim, args.arch) if args.ptxsim else None
+    bad = compare(args.first, args.cases, simulated, erasing=args.erasing)
     print(f"{args.cases} cases from {args.first}: {bad} with a difference")
     return 1 if bad else 0
 

@@ -147,5 +147,5 @@ def bits_equal(one: Tensor, other: Tensor) -> bool:
     """Equal bit for bit (so that a NaN equals itself and 0.0 is not -0.0)."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    as_integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[one.element_size()]
+    as_integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.contiguous().view(as_integer), other.contiguous().view(as_integer))

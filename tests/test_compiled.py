@@ -167,6 +167,23 @@ def on_targets(names: Iterable[str], *targets: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "target"), pairs, indirect=["target"])
 
 
+# Random erasing, the slow path of few pixels.
+PIXEL = {"erase_prob": 0.25, "erase_mode": "pixel"}
+ERASES = {
+    "fp16": case(**PIXEL),
+    "uint8 to fp16, mixup": case(torch.uint8, HALF, mean=MEAN, std=STD, mixup_alpha=0.8, switch_prob=0.5, **PIXEL),
+    "fp32 channels_last, evidence": case(
+        torch.float32, layout="channels_last", maps="own", erase_evidence=True, **PIXEL
+    ),
+    "fp16 channels_last in place, mixup": case(
+        in_place=True, layout="channels_last", mixup_alpha=0.8, switch_prob=0.5, **PIXEL
+    ),
+    "three colours of float64, seed in memory": case(
+        torch.float64, seed="device", erase_prob=0.25, erase_mode="rand", erase_count=(1, 3), mask_type="cutmix"
+    ),
+}
+
+
 def pixels(batch: int, shape: tuple[int, int, int], dtype: torch.dtype, layout: str) -> Tensor:
     c, h, w = shape
     if layout == "channels_last":
@@ -283,6 +300,20 @@ def test_compiles_without_spills(name, target, tmp_path):
     # 65,536 registers of a multiprocessor over 64 a thread leave room for 1,024 threads.
     most = {"one channel, patch 14": 128, "label rows, top-k maps": 80, "label rows, maps of all classes": 80}
     assert used.registers <= (128 if target == "gfx942" else most.get(name, 64))
+
+
+@on_targets(ERASES, "sm_90", "gfx942")
+def test_erasing_compiles_without_many_spills(name, target, tmp_path):
+    used = resources(compiled(launch(**ERASES[name])), target, tmp_path)
+    assert used.spilled <= 128 and used.registers <= (128 if target == "gfx942" else 64)
+
+
+@on_targets(["fp16"], "sm_90")
+def test_settings_of_erasing_change_nothing_where_nothing_is_erased(name, target):
+    plain, other = (launch(**case(**options)) for options in ({}, {"erase_mode": "pixel", "erase_count": (2, 3)}))
+    names = ("GRID", "LAYOUT", "TILE", "RULE", "MAPS", "erasing", "plan")
+    assert other.arguments["erasing"] is None
+    assert all(plain.arguments[name] == other.arguments[name] for name in names)
 
 
 @on_targets(MOVES)

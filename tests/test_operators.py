@@ -69,6 +69,7 @@ VARIANTS = {
     "label rows, own maps": ({"form": "own", "rows": True}, {"multi_label": True, "clamp_targets": True}),
     "label rows, top-k maps, any partner": ({"form": "topk", "rows": True, "partner": True}, {}),
     "strided": ({"layout": "spatial_slice"}, {"mode": "batch"}),
+    "erased": ({"form": "own"}, {"erase_prob": 0.5, "erase_mode": "pixel", "erase_evidence": True}),
 }
 
 

@@ -19,7 +19,7 @@ from timm.data import FastCollateMixup, create_loader
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.mixup import mixup_target
 
-from tokenmix_kernels import TokenMix, tokenmix
+from tokenmix_kernels import RandomErasing, TokenMix, tokenmix
 from tokenmix_kernels.timm_loader import TokenMixCollate, TokenMixLoader, WithPlaces, collate_places
 from tokenmix_kernels.transforms import TrackedTransform
 
@@ -107,22 +107,41 @@ def test_switched_off_the_loader_is_the_prefetcher_with_smoothed_targets():
 
 
 def test_images_are_erased_before_they_are_mixed():
-    """Erased with certainty, in one colour, 0: the grey of a normalised image. Both images of a pair bring theirs."""
-    options = {"re_prob": 1.0, "re_mode": "const", "no_aug": False, "scale": (1, 1), "hflip": 0, "color_jitter": None}
+    """In the launch that mixes, by the numbers of timm's own object. Both images of a pair bring theirs."""
+    options = {
+        "re_prob": 1.0,
+        "re_mode": "pixel",
+        "re_count": 2,
+        "no_aug": False,
+        "scale": (1, 1),
+        "hflip": 0,
+        "color_jitter": None,
+    }
     prefetcher = make(**options)
-    assert prefetcher.random_erasing is not None
     loader = TokenMixLoader(prefetcher, TokenMix(**settings(mixup_alpha=0.0)), generator=generator(5))
+    assert loader.random_erasing is prefetcher.random_erasing is not None
+    erasing = RandomErasing(1.0, mode="pixel", max_count=2)
+    restart()
+    batches = list(prefetcher.loader)
     seeds = generator(5)
-    seen = []
-    erase = loader.random_erasing
-    loader.random_erasing = lambda images: seen.append(erase(images).clone()) or seen[-1].clone()
-    for images, _ in loader:
-        erased = seen.pop()
-        assert (erased == 0).all(1).flatten(1).any(1).all()
-        labels = torch.zeros(8, dtype=torch.int64)
-        torch.randint(2**63 - 1, (), generator=seeds)  # the seed of the launch that only normalises
-        expected = tokenmix(erased, labels, num_classes=1, patch_size=8, generator=seeds)
-        torch.testing.assert_close(images, expected.images, atol=0, rtol=0)
+    for erased in (erasing, None):
+        restart()
+        for (images, _), (pixels, labels) in zip(loader, batches, strict=True):
+            expected = tokenmix(
+                pixels, labels, num_classes=CLASSES, patch_size=8, generator=seeds, mean=loader.mean, std=loader.std,
+                erasing=erased,
+            )  # fmt: skip
+            torch.testing.assert_close(images, expected.images, atol=0, rtol=0)
+        loader.random_erasing = None
+
+
+def test_erasing_is_the_loaders_or_the_mixs():
+    mix = TokenMix(**settings(mixup_alpha=0.0), erasing=RandomErasing(1.0))
+    assert (next(iter(TokenMixLoader(make(), mix)))[0] == 0).float().mean() > 0.05
+    with pytest.raises(ValueError, match="mix must be made without erasing where the loader erases"):
+        TokenMixLoader(make(re_prob=0.5, no_aug=False), mix)
+    with pytest.raises(ValueError, match="erasing must not be given to a collate function"):
+        TokenMixCollate(**settings(), erasing=RandomErasing())
 
 
 def test_maps_come_to_their_images_by_id():

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import get_worker_info
 
 from . import arguments, dispatch, inputs, reference
+from .erasing import RandomErasing, erase_settings
 from .inputs import Evidence, Result, TopKMaps
 from .settings import MASK_RULES, Settings, as_text
 from .sharded import Shards
@@ -51,6 +52,7 @@ def make_settings(
     std: Sequence[float] | None = None,
     multi_label: bool = False,
     clamp_targets: bool = False,
+    erasing: RandomErasing | None = None,
 ) -> Settings:
     """Checked settings from a caller's arguments; `given` where the mask is an input, whatever mask_type says."""
     arguments.one_of("mask_type", mask_type, tuple(name for name, rule in MASK_RULES.items() if rule.drawn))
@@ -76,6 +78,7 @@ def make_settings(
         std=arguments.as_numbers("std", std),
         multi_label=multi_label,
         clamp_targets=clamp_targets,
+        **erase_settings(erasing),
     )
     inputs.check_settings(settings)
     return settings

@@ -204,6 +204,8 @@ def check_images(images: Tensor, settings: Settings) -> None:
             )
         if images.dtype == torch.uint8 and max(map(abs, settings.mean)) > 256:
             raise ValueError(f"mean must be between -256 and 256 for uint8 images, got {settings.mean}")
+    if settings.erase_prob > 0 and images.dtype == torch.uint8 and not settings.mean:
+        raise ValueError("mean and std must be given where uint8 images are erased: erased pixels are normalised ones")
     if channels * height * width >= 2**31:
         raise ValueError(f"images must have fewer than 2**31 values each, got {channels * height * width}")
 

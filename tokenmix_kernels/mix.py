@@ -1,4 +1,4 @@
-"""The public face: `TokenMix` for a training loop, `tokenmix` to mix once, and the parts for a mix of one's own.
+"""The public face: `TokenMix` for a training loop, `tokenmix` to mix once.
 
 The method is that of Liu et al., "TokenMix: Rethinking Image Mixing for Data Augmentation in Vision Transformers", ECCV
 2022 (arXiv 2207.08409), with the Mixup branch (Zhang et al. 2018) and the CutMix rectangles (Yun et al. 2019) of
@@ -11,22 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import arguments, dispatch, inputs
-from .call import (
-    Maps,
-    as_offset,
-    as_seed,
-    crop_format,
-    make_settings,
-    named_backend,
-    result_dtype,
-    run,
-    unpack_label_maps,
-)
-from .inputs import Evidence, TopKMaps
-from .settings import Settings, as_text
+from .call import Maps, crop_format, make_settings, result_dtype, run, unpack_label_maps
+from .erasing import RandomErasing
+from .inputs import Evidence
+from .settings import Settings
 
-__all__ = ["Mix", "Mixed", "TokenMix", "TopKMaps", "pool_targets", "token_mask", "tokenmix"]
+__all__ = ["Mix", "Mixed", "TokenMix", "tokenmix"]
 
 
 class Mixed(NamedTuple):
@@ -101,10 +91,12 @@ class TokenMix(nn.Module):
         clamp_targets: targets are at most 1. Without, a class that both images have may get more: weights by evidence
             need not add up to 1.
         return_mix: give a `Mix` as third result, from which `attention_targets` makes targets after the forward pass.
+        erasing: erase rectangles of each image before it is mixed, in the same pass: a `RandomErasing`, or timm's.
 
     Attributes:
         mixup_enabled: False returns the images unmixed (normalised where mean is given) with smoothed labels, as a
-            module in eval mode does. Settings cannot be changed after they are made: make a new TokenMix.
+            module in eval mode does, which does not erase either. Settings cannot be changed after they are made: make
+            a new TokenMix.
 
     Raises:
         ValueError: a setting out of range, in one sentence.
@@ -137,6 +129,7 @@ class TokenMix(nn.Module):
         crop_axes: str = "correct",
         clamp_targets: bool = False,
         return_mix: bool = False,
+        erasing: RandomErasing | None = None,
     ) -> None:
         super().__init__()
         self.settings = make_settings(
@@ -145,11 +138,12 @@ class TokenMix(nn.Module):
             # timm: with minmax the rectangle's size is not a matter of lam, and the branch is always on.
             cutmix_alpha=1.0 if cutmix_minmax is not None else cutmix_alpha, prob=prob, switch_prob=switch_prob,
             minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean, std=std,
-            multi_label=multi_label, clamp_targets=clamp_targets,
+            multi_label=multi_label, clamp_targets=clamp_targets, erasing=erasing,
         )  # fmt: skip
         self.return_mix = bool(return_mix)
         self.settings = self.settings._replace(shares=self.return_mix)
         self.unmixed = self.settings._replace(prob=0.0)
+        self.plain = self.unmixed._replace(erase_prob=0.0)
         self.out_dtype = out_dtype
         self.crop_format = crop_format(crop_axes)
         self.mixup_enabled = True
@@ -160,7 +154,7 @@ class TokenMix(nn.Module):
         if "_made" in self.__dict__ and name not in ("mixup_enabled", "training") and not name.startswith("_"):
             fixed = (
                 *Settings._fields, "settings", "unmixed", "out_dtype", "crop_format", "mix_prob", "cutmix_minmax",
-                "return_mix",
+                "return_mix", "plain", "erasing",
             )  # fmt: skip
             if type(self) is TokenMix or name in fixed:
                 raise AttributeError(
@@ -193,18 +187,26 @@ class TokenMix(nn.Module):
         Returns:
             (images [B, C, H, W], targets [B, num_classes] float32), and a `Mix` where return_mix is True.
         """
-        settings = self.settings if self.mixup_enabled and self.training else self.unmixed
         mixed, result = run(
             images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, self.crop_format), None, partner,
-            seed, generator, sample_offset, out, self.out_dtype, backend, settings, whole=self.return_mix,
+            seed, generator, sample_offset, out, self.out_dtype, backend, self.current(), whole=self.return_mix,
         )  # fmt: skip
         if not self.return_mix:
             return mixed, result.targets
         numbers = unpack_label_maps(labels, None, None)[3].long() if labels.dim() == 5 else labels
         return mixed, result.targets, Mix(result.mask, numbers, partner, result.kind, result.weights[:, 0])
 
+    def current(self) -> Settings:
+        """The settings of the next call."""
+        if not self.training:
+            return self.plain
+        return self.settings if self.mixup_enabled else self.unmixed
+
     def extra_repr(self) -> str:
-        shown = {name: value for name, value in self.settings._asdict().items() if value != ()}
+        hidden = "erase_" if self.settings.erase_prob == 0 else "()"
+        shown = {
+            name: value for name, value in self.settings._asdict().items() if value != () and hidden not in name
+        }  # fmt: skip
         shown["lam"] = "beta" if self.settings.lam < 0 else self.settings.lam
         shown["minimum_tokens"] = None if self.settings.minimum_tokens < 0 else self.settings.minimum_tokens
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
@@ -242,6 +244,7 @@ def tokenmix(
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     crop_axes: str = "correct",
+    erasing: RandomErasing | None = None,
     backend: str = "auto",
 ) -> Mixed:
     """Mix a batch of images token by token, with targets that follow the evidence (TokenMix, eq. 3 to 7).
@@ -277,7 +280,7 @@ def tokenmix(
         mask: [B, Gh, Gw] bool, True = from the partner; drawn if not given.
         partner: [B] int64 or int32 indices; the batch reversed if not given.
         patch_size, lam, minimum_tokens, grid_cell, mask_type, mode, label_smoothing, cutmix_alpha, cutmix_minmax,
-            correct_lam, multi_label, clamp_targets, mean, std, out_dtype, crop_axes: as for `TokenMix`.
+            correct_lam, multi_label, clamp_targets, mean, std, out_dtype, crop_axes, erasing: as for `TokenMix`.
         seed: key of all draws, an integer or a 0-d int64 tensor on the CPU or on the images' device. Drawn from
             torch's CPU generator, or `generator`, if not given. The same seed gives the same masks on every device.
         generator: where a seed that is not given comes from. In a worker of a DataLoader, where all workers have a copy
@@ -301,111 +304,10 @@ def tokenmix(
         num_classes=num_classes, patch_size=patch_size, mask_type=mask_type, given=mask is not None, mode=mode, lam=lam,
         minimum_tokens=minimum_tokens, grid_cell=grid_cell, mixup_alpha=0.0, cutmix_alpha=cutmix_alpha, prob=1.0,
         switch_prob=1.0, minmax=cutmix_minmax, correct_lam=correct_lam, label_smoothing=label_smoothing, mean=mean,
-        std=std, multi_label=multi_label, clamp_targets=clamp_targets,
+        std=std, multi_label=multi_label, clamp_targets=clamp_targets, erasing=erasing,
     )  # fmt: skip
     mixed, result = run(
         images, labels, maps, Evidence(None, None, ids, boxes, flips, affines, crop_format(crop_axes)), mask, partner,
         seed, generator, sample_offset, out, out_dtype, backend, settings,
     )  # fmt: skip
     return Mixed(mixed, *result[:3])
-
-
-def token_mask(
-    batch: int,
-    grid: tuple[int, int],
-    *,
-    lam: float | str = 0.5,
-    minimum_tokens: int | None = None,
-    grid_cell: int = 4,
-    mask_type: str = "block",
-    mode: str = "elem",
-    cutmix_alpha: float = 1.0,
-    patch_size: int | tuple[int, int] = 16,
-    seed: int | Tensor | None = None,
-    sample_offset: int | None = None,
-    device: torch.device | str | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Draw masks alone: those that `tokenmix` draws with the same seed and settings.
-
-    Args:
-        batch: B.
-        grid: (Gh, Gw), up to 64x64 tokens.
-        lam, minimum_tokens, grid_cell, mask_type, mode, cutmix_alpha, seed, sample_offset, backend: as for `tokenmix`.
-            Of a CutMix rectangle, the tokens that it covers by more than half.
-        patch_size: side of a token in pixels, which CutMix rectangles depend on.
-        device: where the masks are wanted; the seed's if not given.
-
-    Returns:
-        [B, Gh, Gw] bool, True where the token is to be taken from the partner.
-    """
-    batch = arguments.as_count("batch", batch, 1)
-    grid_h, grid_w = arguments.as_grid(grid)
-    inputs.check_grid(grid_h, grid_w)
-    settings = make_settings(
-        num_classes=1, patch_size=patch_size, mask_type=mask_type, mode=mode, lam=lam, minimum_tokens=minimum_tokens,
-        grid_cell=grid_cell, cutmix_alpha=cutmix_alpha,
-    )  # fmt: skip
-    inputs.check_grid_cell(settings, grid_h, grid_w)
-    if device is None:
-        device = seed.device if isinstance(seed, Tensor) else "cpu"
-    home = arguments.as_device(device)
-    key = as_seed(seed, None, home)
-    if key.device != home:
-        key = key.to(home, non_blocking=True)
-    offset = as_offset(sample_offset, batch)
-    module = named_backend(backend, home)
-    if module is not None:
-        return module.token_mask(batch, (grid_h, grid_w), key, offset, settings).to(home)
-    return dispatch.token_mask(key, offset, batch, grid_h, grid_w, as_text(settings))
-
-
-def pool_targets(
-    maps: Maps,
-    labels: Tensor,
-    mask: Tensor,
-    *,
-    boxes: Tensor | None = None,
-    ids: Tensor | None = None,
-    flips: Tensor | None = None,
-    affines: Tensor | None = None,
-    partner: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """The weights of a mix whose masks are already there: shares of evidence, by the rule of `tokenmix`.
-
-    Args:
-        maps: [B, h, w], [B, K, h, w] or `TopKMaps`, as for `tokenmix`.
-        labels: [B] class numbers of any integer dtype or bool; or [B, K], as for `tokenmix`: with maps of several
-            classes each is weighed by its own map, and the mean by the labels is returned.
-        mask: [B, Gh, Gw] bool, True = from the partner.
-        boxes, ids, flips, affines, partner, backend: as for `tokenmix`.
-
-    Returns:
-        [B, 2] float32: what is left of the own image and of the partner.
-
-    Raises:
-        TypeError, ValueError: as `tokenmix`.
-    """
-    values, indices = maps if isinstance(maps, TopKMaps) else (maps, None)
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
-    if mask.dim() != 3:
-        raise ValueError(f"mask must be [B, Gh, Gw], got {list(mask.shape)}")
-    batch, device = mask.shape[0], mask.device
-    inputs.check_grid(*mask.shape[1:])
-    inputs.check_mask(mask, batch, (mask.shape[1], mask.shape[2]), device)
-    if values is None:
-        raise TypeError("maps must be a torch.Tensor or TopKMaps, got None")
-    evidence = Evidence(values, indices, ids, boxes, flips, affines)
-    inputs.check_evidence(evidence, batch, device)
-    all_classes = values.shape[1] if values.dim() == 4 and indices is None else None
-    inputs.check_labels(labels, batch, device, inputs.LABEL_DTYPES, all_classes)
-    if partner is not None:
-        inputs.check_partner(partner, batch, device)
-    module = named_backend(backend, device)
-    if module is not None:
-        if device.type != "cuda":
-            inputs.check_values(labels, partner, evidence, None)
-        return module.pool_targets(evidence, labels, mask, partner)
-    return dispatch.pool_targets(labels, mask, partner, *evidence)

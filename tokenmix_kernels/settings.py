@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 import torch
 
 __all__ = [
-    "BATCH", "COPY", "ELEM", "GIVEN", "MASK_RULES", "MIXUP", "MODES", "PAIR", "MaskRule", "Plan", "Settings",
-    "area_bits", "as_text", "from_text", "has_drawn_lam", "make_plan",
+    "BATCH", "COPY", "ELEM", "ERASE_MODES", "GIVEN", "MASK_RULES", "MIXUP", "MODES", "PAIR", "ErasePlan", "MaskRule",
+    "Plan", "Settings", "area_bits", "as_text", "erase_bits", "from_text", "has_drawn_lam", "make_erase_plan",
+    "make_plan",
 ]  # fmt: skip
 
 # Which samples share a draw.
 BATCH, PAIR, ELEM = 0, 1, 2
 MODES = {"batch": BATCH, "pair": PAIR, "elem": ELEM}
+# What erased pixels become: 0, one colour a rectangle, noise.
+ERASE_MODES = ("const", "rand", "pixel")
 # Kinds of a sample beside the mask rules: left as it is, blended.
 COPY, MIXUP = 0, 1
 
@@ -71,6 +74,13 @@ class Settings(NamedTuple):
         multi_label: labels [B, K] are yes or no for each class, smoothed towards 1 / 2; else they are shares of the
             classes, smoothed towards 1 / K.
         clamp_targets: targets are at most 1.
+        erase_prob: probability that an image is erased in part, before it is mixed; 0 switches it off.
+        erase_mode: a name of `ERASE_MODES`.
+        erase_area: (smallest, largest) share of the image's area that all its rectangles have together.
+        erase_aspect: (smallest, largest) height over width of a rectangle.
+        erase_count: (smallest, largest) number of rectangles of an image.
+        erase_evidence: erased pixels carry no evidence.
+        erase_splits: the first of so many parts of a batch is not erased; 0 or 1: all are.
     """
 
     num_classes: int
@@ -92,6 +102,13 @@ class Settings(NamedTuple):
     shares: bool = False
     multi_label: bool = False
     clamp_targets: bool = False
+    erase_prob: float = 0.0
+    erase_mode: str = "const"
+    erase_area: tuple[float, ...] = (0.02, 1 / 3)
+    erase_aspect: tuple[float, ...] = (0.3, 1 / 0.3)
+    erase_count: tuple[int, ...] = (1, 1)
+    erase_evidence: bool = False
+    erase_splits: int = 0
 
 
 def as_text(settings: Settings) -> str:
@@ -198,3 +215,39 @@ def area_bits(count: int) -> int:
     An area below 2**24 is exact in fp32, so its square root's integer part needs one rounded instruction.
     """
     return min(16, (24 - count.bit_length()) & ~1)
+
+
+def erase_bits(count: int) -> int:
+    """Fraction bits of an erased rectangle's area in an image of `count` pixels: an even number, areas below 2**31."""
+    return (31 - count.bit_length()) & ~1
+
+
+class ErasePlan(NamedTuple):
+    """Integers of the erased rectangles of images of one size.
+
+    Attributes:
+        erases: an image is erased when its 24-bit random number is below this.
+        low, span: smallest area of an image's rectangles together, in units of 2**-erase_bits pixels, and the number of
+            areas to choose from.
+        low_count, span_count: the same for the number of rectangles.
+        splits: the first batch // splits images of a batch are not erased; 0: all are.
+    """
+
+    erases: int
+    low: int
+    span: int
+    low_count: int
+    span_count: int
+    splits: int
+
+
+@lru_cache(maxsize=256)
+def make_erase_plan(settings: Settings, height: int, width: int) -> ErasePlan:
+    """The integers that rectangles are drawn with, for images of height x width pixels."""
+    unit = height * width << erase_bits(height * width)
+    low, high = (round(share * unit) for share in settings.erase_area)
+    least, most = settings.erase_count
+    return ErasePlan(
+        round(settings.erase_prob * (1 << 24)), low, max(high - low, 1), least, most - least + 1,
+        settings.erase_splits if settings.erase_splits > 1 else 0,
+    )  # fmt: skip

@@ -5,15 +5,20 @@ The first two are integers in fixed point. The reference reads them as lists, th
 
 from decimal import Decimal, localcontext
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BETA_BITS", "RATIO_BITS", "beta_table", "byte_shift", "device_table", "ratio_table"]
+__all__ = [
+    "BETA_BITS", "NORMAL_BITS", "RATIO_BITS", "aspect_table", "beta_table", "byte_shift", "device_table",
+    "erasing_tables", "normal_table", "ratio_table",
+]  # fmt: skip
 
 RATIO_BITS = 10
 BETA_BITS = 12
+NORMAL_BITS = 12
 
 
 @lru_cache(maxsize=1)
@@ -57,6 +62,45 @@ def beta_table(alpha: float) -> tuple[int, ...]:
     share *= 0.5 / share[-1]
     lower = np.rint(np.interp(np.arange(half + 1) / (2 * half), share, position[::2]) * 65536).astype(np.int64)
     return tuple(np.concatenate([lower, 65536 - lower[-2::-1]]).tolist())
+
+
+@lru_cache(maxsize=32)
+def aspect_table(low: float, high: float) -> tuple[int, ...]:
+    """Square roots of 2**10 aspect ratios, log-uniform in [low, high], in units of 2**-14.
+
+    As in `ratio_table`, but each entry packs two 32-bit numbers: no range is too wide.
+    """
+    size = 1 << RATIO_BITS
+    with localcontext() as context:
+        context.prec = 40
+        first, last = Decimal(low).ln(), Decimal(high).ln()
+        step = ((last - first) / (2 * size)).exp()
+        root = ((first + (last - first) / (2 * size)) / 2).exp()
+        entries = []
+        for _ in range(size):
+            height, width = (int((side * (1 << 14)).to_integral_value()) for side in (root, 1 / root))
+            entries.append(height | width << 32)
+            root *= step
+    return tuple(entries)
+
+
+@lru_cache(maxsize=1)
+def normal_table() -> tuple[int, ...]:
+    """The upper half of 2**13 quantiles of the standard normal distribution (midpoints of slices), in units of 2**-20.
+
+    With a random sign these are numbers of mean 0, variance 0.9998 and kurtosis 2.995, none above 3.85. No entry is so
+    near the middle of two units that a mathematical library could turn it.
+    """
+    size = 1 << NORMAL_BITS
+    normal = NormalDist()
+    return tuple(round(normal.inv_cdf(0.5 + (n + 0.5) / (2 * size)) * (1 << 20)) for n in range(size))
+
+
+@lru_cache(maxsize=64)
+def erasing_tables(aspect: tuple[float, float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`aspect_table` as int64 and `normal_table` as fp32 numbers on a device, made once per device."""
+    normals = torch.tensor(normal_table(), dtype=torch.float32, device="cpu") * 2.0**-20
+    return torch.tensor(aspect_table(*aspect), dtype=torch.int64, device=device), normals.to(device)
 
 
 @lru_cache(maxsize=64)

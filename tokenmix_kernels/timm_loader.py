@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .arguments import as_device, as_numbers, shown
 from .call import Maps, result_dtype, run
+from .erasing import erase_settings
 from .extras import require
 from .inputs import Evidence, check_settings
 from .mix import TokenMix
@@ -137,7 +138,7 @@ class TokenMixCollate(FastCollateMixup):  # type: ignore[misc, unused-ignore]
 
     Args:
         *arguments, **options: as for `TokenMix`; the first ten are also timm's. Images cannot be normalised here: no
-            mean, std, out_dtype or return_mix.
+            mean, std, out_dtype, return_mix or erasing (timm's `PrefetchLoader` erases after the mix then).
         maps: activation maps of the whole data set (`MapBank.values`), for samples with places (`WithPlaces`).
 
     Attributes:
@@ -149,7 +150,7 @@ class TokenMixCollate(FastCollateMixup):  # type: ignore[misc, unused-ignore]
     """
 
     def __init__(self, *arguments: Any, maps: Maps | None = None, **options: Any) -> None:
-        for name in ("mean", "std", "out_dtype", "return_mix"):
+        for name in ("mean", "std", "out_dtype", "return_mix", "erasing"):
             if options.get(name):
                 raise ValueError(
                     f"{name} must not be given to a collate function, which gives uint8 images and targets; use "
@@ -200,12 +201,14 @@ class TokenMixLoader:
             [0, 1]. Needed for a plain DataLoader, but for img_dtype, which is float32.
         generator: where seeds come from, as for `tokenmix`.
 
-    It gives (images [B, C, H, W] of img_dtype, targets [B, num_classes] float32). Random erasing comes before the mix,
-    as in timm, and then normalisation is a launch of its own. On a GPU batches are made on a side stream, and must be
-    used on the stream that is current when the next one is asked for. Elsewhere there are no streams.
+    It gives (images [B, C, H, W] of img_dtype, targets [B, num_classes] float32). Images are erased before they are
+    mixed, in the same launch, with the PrefetchLoader's `re_prob`, `re_mode` and `re_count`. On a GPU batches are made
+    on a side stream, and must be used on the stream that is current when the next one is asked for. Elsewhere there
+    are no streams.
 
     Attributes:
         mixup_enabled: that of `mix`.
+        random_erasing: the PrefetchLoader's, or None; may be set.
 
     Raises:
         TypeError, ValueError: an argument or a batch that does not fit, in one sentence.
@@ -255,6 +258,8 @@ class TokenMixLoader:
                 [255 * value for value in as_numbers(name, values)] for name, values in (("mean", mean), ("std", std))
             )
             self.random_erasing = None
+        if mix.settings.erase_prob > 0 and self.random_erasing is not None:
+            raise ValueError("mix must be made without erasing where the loader erases, or images are erased twice")
         self.mix = mix
         self.mean, self.std = tuple(means), tuple(deviations)
         check_settings(self.normalised(mix.settings))
@@ -293,28 +298,27 @@ class TokenMixLoader:
                 f"the loader's images must be uint8, not normalised yet, got {shown(images)}; make it with "
                 "use_prefetcher=True"
             )
-        settings = self.mix.settings if self.mixup_enabled and self.mix.training else self.mix.unmixed
-        if self.random_erasing is None:
-            return self.launch(images, labels, places, self.normalised(settings))
-        images, _ = self.launch(images, labels, {}, self.normalised(self.mix.unmixed))
-        return self.launch(self.random_erasing(images), labels, places, settings, in_place=True)
-
-    def normalised(self, settings: Settings) -> Settings:
-        """The settings with the loader's statistics."""
-        return settings._replace(mean=self.mean, std=self.std)
-
-    def launch(
-        self, images: Tensor, labels: Tensor, places: dict[str, Tensor], settings: Settings, in_place: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Mix by the settings into images of `img_dtype`, with evidence where the batch says whose it is."""
         evidence = Evidence(
             ids=places.get("ids"), boxes=places.get("boxes"), flips=places.get("flips"), affines=places.get("affines")
         )  # fmt: skip
         mixed, result = run(
-            images, labels, self.maps if places else None, evidence, None, None, None, self.generator, None,
-            images if in_place else None, self.img_dtype, "auto", settings, whole=False,
+            images, labels, self.maps if places else None, evidence, None, None, None, self.generator, None, None,
+            self.img_dtype, "auto", self.normalised(self.mix.current()), whole=False,
         )  # fmt: skip
         return mixed, result.targets
+
+    def normalised(self, settings: Settings) -> Settings:
+        """The settings with the loader's statistics and random erasing."""
+        return settings._replace(mean=self.mean, std=self.std, **self.erase_settings)
+
+    @property
+    def random_erasing(self) -> Any:
+        return self._random_erasing
+
+    @random_erasing.setter
+    def random_erasing(self, erasing: Any) -> None:
+        self.erase_settings = erase_settings(erasing)
+        self._random_erasing = erasing
 
     def __len__(self) -> int:
         return len(self.loader)

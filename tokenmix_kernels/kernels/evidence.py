@@ -161,10 +161,13 @@ def pool_box(flat, evidence, n, column, line, GRID: tl.constexpr, MAPS: tl.const
 
 
 @triton.jit
-def pool(evidence, n, label, share, area, TOKENS: tl.constexpr, GRID: tl.constexpr, MAPS: tl.constexpr):
+def pool(
+    evidence, n, label, share, area, visible, TOKENS: tl.constexpr, GRID: tl.constexpr, MAPS: tl.constexpr
+):  # fmt: skip
     """The share of its evidence that an image keeps where `share` [TOKENS] of each token is its own: eq. 5 and 6.
 
-    Without evidence (its sum is not a positive number) it is its share of the area.
+    `visible` [TOKENS] of each token is not erased, all of it where it is None. Without evidence (its sum is not a
+    positive number) it is its share of the area.
     """
     kept = area
     if evidence.maps is not None:
@@ -176,6 +179,8 @@ def pool(evidence, n, label, share, area, TOKENS: tl.constexpr, GRID: tl.constex
         else:
             pooled = pool_box(flat, evidence, n, token % GRID.GW, line, GRID, MAPS)
         pooled = tl.where(token < GRID.GH * GRID.GW, pooled, 0.0)
+        if visible is not None:
+            pooled *= visible
         total = tl.sum(pooled, 0)
         kept_evidence = tl.sum(pooled * share, 0)
         kept = tl.where((total > 0) & (total < float("inf")), tl.div_rn(kept_evidence, total + 1e-8), kept)

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .draw import draw, load_ratios, partner_of
+from .draw import draw, load_ratios, partner_of, read_seed
+from .erasing import draw_rectangles, erase_rows, erases_rows
 from .groups import Pixels
 from .look_ahead import look_ahead_of_pixels, look_ahead_of_targets
 from .pixels import mix_rows
@@ -39,6 +40,7 @@ def mix_kernel(
     results,  # groups.Results
     tables,  # groups.Tables
     plan,  # settings.Plan
+    erasing,  # groups.Erasing, or None
     seed,  # low half of the seed, or a pointer to all of it
     seed_high,  # high half, or None
     sample_offset,  # of the batch's first sample
@@ -68,10 +70,17 @@ def mix_kernel(
             look_ahead_of_targets(pairs, evidence, i, j, side, RULE, MAPS)
         elif images is not None:
             look_ahead_of_pixels(images, strides.images, normalisation, i, program, GRID, LAYOUT, TILE)
-    if (not moves) | (not LAYOUT.IN_PLACE) | (i < j):
+    # An image that is its own partner moves nowhere, but may be erased.
+    mine = i <= j if RULE.ERASE else i < j
+    if (not moves) | (not LAYOUT.IN_PLACE) | mine:
         drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, ratios, MASK_RULE, GRID, RULE, PTX)
         if not moves:
-            write_targets(pairs, evidence, results, i, j, side, drawn, smoothing, GRID, RULE, MAPS)
+            gone, gone_j = None, None
+            if RULE.ERASE_EVIDENCE:
+                gone, gone_j = draw_both(seed, seed_high, sample_offset, i, j, batch, erasing, GRID, RULE)
+            write_targets(
+                pairs, evidence, results, i, j, side, drawn, gone, gone_j, smoothing, GRID, RULE, MAPS
+            )  # fmt: skip
         elif images is not None:
             pixels = Pixels(images, out, strides.images, strides.out, normalisation.shift, normalisation.scale)
             drawn_j = drawn
@@ -79,4 +88,40 @@ def mix_kernel(
                 drawn_j = draw(
                     seed, seed_high, sample_offset, j, i, mask, plan, tables, ratios, MASK_RULE, GRID, RULE, PTX
                 )
+            if RULE.ERASE:
+                erased, erased_j = draw_both(seed, seed_high, sample_offset, i, j, batch, erasing, GRID, RULE)
+                mix_and_erase(
+                    pixels, i, j, program, drawn, drawn_j, erased, erased_j, GRID, LAYOUT, TILE, RULE
+                )  # fmt: skip
+            else:
+                mix_rows(pixels, i, j, program, drawn, drawn_j, GRID, LAYOUT, TILE, RULE)
+
+
+@triton.jit
+def draw_both(seed, seed_high, sample_offset, i, j, batch, erasing, GRID: tl.constexpr, RULE: tl.constexpr):
+    """What is erased of images i and j. It depends on an image's own place among all samples, whatever `mode` says."""
+    key = read_seed(seed, seed_high)
+    first = tl.cast(sample_offset, tl.int64) + tl.zeros([], tl.int64)
+    untouched = tl.where(erasing.splits > 0, batch // tl.maximum(erasing.splits, 1), 0)
+    return (
+        draw_rectangles(key, first + i, i >= untouched, erasing, GRID, RULE),
+        draw_rectangles(key, first + j, j >= untouched, erasing, GRID, RULE),
+    )
+
+
+@triton.jit
+def mix_and_erase(pixels, i, j, program, drawn, drawn_j, erased, erased_j,
+                  GRID: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, RULE: tl.constexpr):  # fmt: skip
+    """`mix_rows`, and what is erased of both images. In place they are erased before they are mixed, else after it."""
+    erases = erases_rows(erased, erased_j, program, GRID, TILE)
+    if LAYOUT.IN_PLACE:
+        if erases:
+            erase_rows(pixels, i, j, program, drawn, erased, erased_j, GRID, LAYOUT, TILE, RULE)
+            tl.debug_barrier()
+        if i != j:
             mix_rows(pixels, i, j, program, drawn, drawn_j, GRID, LAYOUT, TILE, RULE)
+    else:
+        mix_rows(pixels, i, j, program, drawn, drawn_j, GRID, LAYOUT, TILE, RULE)
+        if erases:
+            tl.debug_barrier()
+            erase_rows(pixels, i, j, program, drawn, erased, erased_j, GRID, LAYOUT, TILE, RULE)

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
-from ..settings import BATCH, COPY, MIXUP, PAIR
+from ..settings import BATCH, COPY, ERASE_MODES, MIXUP, PAIR
 from ..tables import BETA_BITS, RATIO_BITS
 
 __all__ = [
-    "CONST", "Draw", "EvidencePointers", "Grid", "Layout", "MapForm", "Normalisation", "Pairs", "Pixels", "Results",
-    "Rule", "Strides", "Tables", "Tile",
+    "CONST", "Draw", "Erased", "Erasing", "EvidencePointers", "Grid", "Layout", "MapForm", "Normalisation", "Pairs",
+    "Pixels", "Results", "Rule", "Strides", "Tables", "Tile",
 ]  # fmt: skip
 
 
@@ -24,6 +24,9 @@ class Constants(NamedTuple):
     RECTANGLE: int = 1
     TRIES: int = 2
     KEYS: int = 3
+    ERASE: int = 4
+    NOISE: int = 5
+    COLOUR: int = 6
     COPY: int = COPY
     MIXUP: int = MIXUP
     BATCH: int = BATCH
@@ -37,6 +40,10 @@ class Constants(NamedTuple):
     UNFIT: int = 0x7FFFFFFF
     AWAY: int = -64
     UNIT: float = 2.0**-16
+    ERASE_TRIES: int = 10
+    # 1 + the place in `settings.ERASE_MODES`.
+    ERASE_CONST: int = 1 + ERASE_MODES.index("const")
+    ERASE_PIXEL: int = 1 + ERASE_MODES.index("pixel")
 
 
 CONST = tl.constexpr(Constants())
@@ -126,6 +133,31 @@ class Draw(NamedTuple):
     right: Any
 
 
+class Erasing(NamedTuple):
+    """The tables of `tables.erasing_tables` and the numbers of `settings.ErasePlan`."""
+
+    aspects: Any
+    normals: Any
+    erases: Any
+    low: Any
+    span: Any
+    low_count: Any
+    span_count: Any
+    splits: Any
+
+
+class Erased(NamedTuple):
+    """What is erased of an image: key and sample of its random numbers, their table, rectangles [ERASE_COUNT]."""
+
+    key: Any
+    sample: Any
+    normals: Any
+    top: Any
+    bottom: Any
+    left: Any
+    right: Any
+
+
 class Grid(NamedTuple):
     """Image size H x W, patch size P, token grid GH x GW, WORD_ROWS grid rows in each of WORDS words of a mask.
 
@@ -176,7 +208,10 @@ class Tile(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The constants of `Settings`: see `launch.fixed_part`. LABEL_ROWS: labels are [B, K]."""
+    """The constants of `Settings`: see `launch.fixed_part`.
+
+    LABEL_ROWS: labels are [B, K]. ERASE: 0, or 1 + the place in `settings.ERASE_MODES`. ERASE_COUNT: a power of 2.
+    """
 
     K: int
     MODE: int
@@ -191,6 +226,9 @@ class Rule(NamedTuple):
     LABEL_ROWS: bool
     MULTI_LABEL: bool
     CLAMP: bool
+    ERASE: int
+    ERASE_COUNT: int
+    ERASE_EVIDENCE: bool
 
 
 class MapForm(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..inputs import BOX_FORMATS, Evidence, Form, Result
 from ..settings import (
     BATCH,
+    ERASE_MODES,
     MASK_RULES,
     MODES,
     PAIR,
@@ -25,6 +26,7 @@ from ..settings import (
 )
 from ..tables import byte_shift, device_table
 from . import draw
+from .erasing import erasing_of
 from .fused import mix_kernel
 from .groups import EvidencePointers, Grid, Layout, MapForm, Normalisation, Pairs, Results, Rule, Strides, Tables, Tile
 from .ready import Launch, Relaunch, halves
@@ -46,6 +48,7 @@ class Fixed(NamedTuple):
     plan: Plan
     tables: Tables
     normalisation: Normalisation
+    erasing: Any
     constants: dict[str, Any]
     options: dict[str, Any]
 
@@ -185,6 +188,9 @@ def fixed_part(
         LABEL_ROWS=label_rows,
         MULTI_LABEL=settings.multi_label,
         CLAMP=settings.clamp_targets,
+        ERASE=1 + ERASE_MODES.index(settings.erase_mode) if settings.erase_prob > 0 else 0,
+        ERASE_COUNT=triton.next_power_of_2(settings.erase_count[1]) if settings.erase_prob > 0 else 1,
+        ERASE_EVIDENCE=settings.erase_prob > 0 and settings.erase_evidence,
     )
     maps_group = MapForm(
         MH=map_shape[-2] if map_shape else 1,
@@ -225,6 +231,7 @@ def fixed_part(
         plan,
         tables,
         normalisation(settings.mean, settings.std, in_bytes == 1, device),
+        erasing_of(settings, height, width, device),
         constants,
         options,
     )
@@ -316,6 +323,7 @@ def prepare(
         "results": results,
         "tables": fixed.tables,
         "plan": fixed.plan,
+        "erasing": fixed.erasing,
         "seed": seed_low,
         "seed_high": seed_high,
         "sample_offset": sample_offset,

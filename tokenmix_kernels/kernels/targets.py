@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .erasing import chosen, rectangle
 from .evidence import pool
 from .groups import CONST
 
@@ -26,6 +27,24 @@ def taken_share(drawn, TOKENS: tl.constexpr, GRID: tl.constexpr, RULE: tl.conste
         columns = tl.maximum(tl.minimum(x + P, drawn.right) - tl.maximum(x, drawn.left), 0)
         share = (rows * columns).to(tl.float32) * (1.0 / (P * P))
     return share
+
+
+@triton.jit
+def visible_share(erased, TOKENS: tl.constexpr, GRID: tl.constexpr):
+    """The share of each token that is not erased by the first rectangle, [TOKENS] fp32; 0 beyond the grid."""
+    P: tl.constexpr = GRID.P
+    token = tl.arange(0, TOKENS)
+    top, bottom, left, right = rectangle(erased, 0, erased.top.shape[0])
+    y, x = (token // GRID.GW) * P, (token % GRID.GW) * P
+    rows = tl.maximum(tl.minimum(y + P, bottom) - tl.maximum(y, top), 0)
+    columns = tl.maximum(tl.minimum(x + P, right) - tl.maximum(x, left), 0)
+    return tl.where(token < GRID.GH * GRID.GW, (P * P - rows * columns).to(tl.float32) * (1.0 / (P * P)), 0.0)
+
+
+@triton.jit
+def visible_area(share, visible):
+    """The share of what is visible of an image that `share` [TOKENS] of its tokens makes."""
+    return tl.div_rn(tl.sum(share * visible, 0), tl.sum(visible, 0))
 
 
 @triton.jit
@@ -81,7 +100,7 @@ def clamp(target, RULE: tl.constexpr):
 
 @triton.jit
 def weigh_classes(
-    evidence, source, label, column, weight, by_lam, share, area, TOKENS: tl.constexpr, GRID: tl.constexpr,
+    evidence, source, label, column, weight, by_lam, share, area, visible, TOKENS: tl.constexpr, GRID: tl.constexpr,
     RULE: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
     """The weight of each class of a block by its own map, [BLOCK] fp32; where lam weighs or a label is 0, `weight`.
@@ -92,7 +111,7 @@ def weigh_classes(
     left = (label != 0.0) & (column < RULE.K) & ~by_lam
     c = tl.min(tl.where(left, column, RULE.K), 0)
     while c < RULE.K:
-        pooled = pool(evidence, source, c.to(tl.int64), share, area, TOKENS, GRID, MAPS)
+        pooled = pool(evidence, source, c.to(tl.int64), share, area, visible, TOKENS, GRID, MAPS)
         weights = tl.where(column == c, pooled, weights)
         left = left & (column > c)
         c = tl.min(tl.where(left, column, RULE.K), 0)
@@ -109,6 +128,8 @@ def write_rows(
     drawn,
     taken,
     moved,
+    erased,  # as in `write_targets`
+    erased_j,
     smoothing,
     GRID: tl.constexpr,
     RULE: tl.constexpr,
@@ -127,6 +148,9 @@ def write_rows(
     rest = tl.div_rn(tl.cast(smoothing, tl.float32), tl.full([], 2 if RULE.MULTI_LABEL else K, tl.float32))
     sides = tl.arange(0, 2)
     areas = tl.where(sides == 0, AREA - moved, moved).to(tl.float32) * (1.0 / AREA)
+    if RULE.ERASE_EVIDENCE:
+        own_area = visible_area(1.0 - taken, visible_share(erased, TOKENS, GRID))
+        areas = tl.where(sides == 0, own_area, visible_area(taken, visible_share(erased_j, TOKENS, GRID)))
     lams = tl.where(sides == 0, drawn.lam, 65536 - drawn.lam).to(tl.float32) * CONST.value.UNIT
     weights = tl.where(by_lam, lams, areas)  # [2]
     if evidence.maps is not None and not BY_CLASS:
@@ -134,7 +158,10 @@ def write_rows(
         while n < 2:
             own = n == 0
             share, area = tl.where(own, 1.0 - taken, taken), tl.sum(tl.where(sides == n, areas, 0.0), 0)
-            pooled = pool(evidence, tl.where(own, i, j), -1, share, area, TOKENS, GRID, MAPS)
+            visible = None
+            if RULE.ERASE_EVIDENCE:
+                visible = visible_share(chosen(own, erased, erased_j), TOKENS, GRID)
+            pooled = pool(evidence, tl.where(own, i, j), -1, share, area, visible, TOKENS, GRID, MAPS)
             weights = tl.where((sides == n) & ~by_lam, pooled, weights)
             n += 1
     total, weighed = sides * 0.0, sides * 0.0
@@ -149,8 +176,11 @@ def write_rows(
             weight = tl.sum(tl.where(sides == n, weights, 0.0), 0)
             if BY_CLASS:
                 share, area = tl.where(own, 1.0 - taken, taken), tl.sum(tl.where(sides == n, areas, 0.0), 0)
+                visible = None
+                if RULE.ERASE_EVIDENCE:
+                    visible = visible_share(chosen(own, erased, erased_j), TOKENS, GRID)
                 weight = weigh_classes(
-                    evidence, source, label, column, weight, by_lam, share, area, TOKENS, GRID, RULE, MAPS
+                    evidence, source, label, column, weight, by_lam, share, area, visible, TOKENS, GRID, RULE, MAPS
                 )  # fmt: skip
                 if results.weights is not None:
                     total += tl.where(sides == n, tl.sum(label, 0), 0.0)
@@ -174,6 +204,8 @@ def write_targets(
     j,
     side,
     drawn,
+    erased,  # where erased pixels carry no evidence
+    erased_j,
     smoothing,
     GRID: tl.constexpr,
     RULE: tl.constexpr,
@@ -199,7 +231,9 @@ def write_targets(
     moved = drawn.tokens if RULE.WHOLE_TOKENS else (drawn.bottom - drawn.top) * (drawn.right - drawn.left)
     if RULE.LABEL_ROWS:
         if side == 0:
-            write_rows(pairs, evidence, results, i, j, drawn, taken, moved, smoothing, GRID, RULE, MAPS)
+            write_rows(
+                pairs, evidence, results, i, j, drawn, taken, moved, erased, erased_j, smoothing, GRID, RULE, MAPS
+            )  # fmt: skip
         return
     label_i = tl.load(pairs.labels + i * pairs.labels_stride).to(tl.int64)
     label_j = tl.load(pairs.labels + j * pairs.labels_stride).to(tl.int64)
@@ -214,8 +248,12 @@ def write_targets(
         own = n == 0
         share = tl.where(own, 1.0 - taken, taken)
         area = tl.where(own, AREA - moved, moved).to(tl.float32) * (1.0 / AREA)
+        visible = None
+        if RULE.ERASE_EVIDENCE:
+            visible = visible_share(chosen(own, erased, erased_j), TOKENS, GRID)
+            area = visible_area(share, visible)
         weight = pool(
-            evidence, tl.where(own, i, j), tl.where(own, label_i, label_j), share, area, TOKENS, GRID, MAPS
+            evidence, tl.where(own, i, j), tl.where(own, label_i, label_j), share, area, visible, TOKENS, GRID, MAPS
         )  # fmt: skip
         lam_weight = tl.where(own, drawn.lam, 65536 - drawn.lam).to(tl.float32) * CONST.value.UNIT
         weight = tl.where(is_by_lam(drawn, RULE), lam_weight, weight)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from ..inputs import Evidence, Result
-from ..settings import Settings
+from ..settings import MIXUP, Settings
 from .attention import attention_targets
 from .draw import CPU, Draw, draw, partner_of
+from .erasing import draw_rectangles, erase_pixels
 from .evidence import pool, pool_tokens
-from .pixels import mix_pixels, swap_pixels
-from .targets import as_labels, row_weights, taken_share, write_targets, write_weights
+from .pixels import mix_pixels, mutual, swap_pixels
+from .targets import as_labels, row_weights, taken_share, visible_share, write_targets, write_weights
 
 __all__ = ["Draw", "attention_targets", "draw", "mix", "pool_targets", "pool_tokens", "token_mask"]
 
@@ -32,12 +33,25 @@ def mix(
     device = images.device
     labels = as_labels(labels)
     pairs = partner_of(partner, len(images))
-    drawn = draw(int(seed), sample_offset, pairs, mask, images.shape[2], images.shape[3], settings)
+    key, size = int(seed), (images.shape[2], images.shape[3])
+    drawn = draw(key, sample_offset, pairs, mask, *size, settings)
+    rectangles = None
+    if settings.erase_prob > 0:
+        rectangles = draw_rectangles(key, sample_offset, len(images), *size, settings)
+    before, others = images, pairs
     if out is images:
-        swap_pixels(images, pairs, drawn, settings)
+        if rectangles is not None and MIXUP in drawn.kind:
+            before = images.clone()
+        others = mutual(pairs)
+        swap_pixels(images, others, drawn, settings)
     else:
         mix_pixels(images, out, pairs, drawn, settings)
-    weights = write_weights(evidence, labels, pairs, drawn, settings)
+    if rectangles is not None:
+        erase_pixels(before, out, others, drawn, rectangles, key, sample_offset, settings)
+    visible = None
+    if rectangles is not None and settings.erase_evidence:
+        visible = visible_share(rectangles, (drawn.mask.shape[1], drawn.mask.shape[2]), settings.patch_size)
+    weights = write_weights(evidence, labels, pairs, drawn, visible, settings)
     targets = write_targets(weights, labels, pairs, drawn, settings)
     weights = row_weights(weights, labels, pairs)
     kind = torch.tensor(drawn.kind, dtype=torch.uint8, device=CPU)

@@ -141,37 +141,54 @@ def pool_tokens(evidence: Evidence, labels: Tensor, grid: tuple[int, int]) -> Te
     return pool_box(own, evidence, grid)
 
 
-def pool(evidence: Evidence, labels: Tensor, partner: Tensor, taken: Tensor) -> Tensor:
+def pool(
+    evidence: Evidence, labels: Tensor, partner: Tensor, taken: Tensor, visible: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """The share of its evidence that each image of a pair keeps, [B, 2] float64 (own, partner): eq. 5 and 6.
 
-    `taken` [B, Gh, Gw] float64 is the share of each token that comes from the partner. An image without evidence (its
+    `taken` [B, Gh, Gw] float64 is the share of each token that comes from the partner, `visible` of the same shape the
+    share of an image's own token that is not erased: all of it where it is None. An image without evidence (its
     sum is not a positive number) has its share of the area.
 
     Labels [B, K] beside maps of several classes: [B, 2, K], see `pool_classes`.
     """
+    shares = areas(taken) if visible is None else kept(visible, partner, taken) / both(visible.sum((1, 2)), partner)
     if evidence.maps is None:
-        return areas(taken)
+        return shares
     if labels.dim() == 2 and evidence.maps.dim() == 4:
-        return pool_classes(evidence, labels, partner, taken)
+        return pool_classes(evidence, labels, partner, taken, visible, shares)
     pooled = pool_tokens(evidence, labels, (taken.shape[1], taken.shape[2]))
-    total = pooled.sum((1, 2))
-    kept = torch.stack([pooled * (1 - taken), pooled[partner] * taken], 1).sum((2, 3))  # [B, 2]
-    total = torch.stack([total, total[partner]], 1)
-    return torch.where((total > 0) & (total < torch.inf), kept / (total + 1e-8), areas(taken))
+    if visible is not None:
+        pooled = pooled * visible
+    total = both(pooled.sum((1, 2)), partner)
+    return torch.where((total > 0) & (total < torch.inf), kept(pooled, partner, taken) / (total + 1e-8), shares)
 
 
-def pool_classes(evidence: Evidence, labels: Tensor, partner: Tensor, taken: Tensor) -> Tensor:
+def both(values: Tensor, partner: Tensor) -> Tensor:
+    """A value [B] of each image and of its partner, [B, 2]."""
+    return torch.stack([values, values[partner]], 1)
+
+
+def kept(pooled: Tensor, partner: Tensor, taken: Tensor) -> Tensor:
+    """What each image of a pair keeps of values of its tokens [B, Gh, Gw], [B, 2]."""
+    return torch.stack([pooled * (1 - taken), pooled[partner] * taken], 1).sum((2, 3))
+
+
+def pool_classes(
+    evidence: Evidence, labels: Tensor, partner: Tensor, taken: Tensor, visible: Tensor | None, area: Tensor
+) -> Tensor:  # fmt: skip
     """`pool` for each class of labels [B, K], by its own map: [B, 2, K] float64.
 
-    Maps of classes whose label is 0 are not read: they have the share of the area.
+    Maps of classes whose label is 0 are not read: they have the share of the `area` [B, 2].
     """
-    area = areas(taken)
     weights = area[:, :, None].repeat(1, 1, labels.shape[1])
     grid = (taken.shape[1], taken.shape[2])
     for side, (source, share) in enumerate(((counting(len(labels)), 1 - taken), (partner, taken))):
         found = [part.split(MOST_AT_ONCE) for part in labels[source].nonzero(as_tuple=True)]
         for rows, classes in zip(*found, strict=True):
             pooled = pool_tokens(of_images(evidence, source[rows]), classes, grid)
+            if visible is not None:
+                pooled = pooled * visible[source[rows]]
             total, kept = pooled.sum((1, 2)), (pooled * share[rows]).sum((1, 2))
             known = (total > 0) & (total < torch.inf)
             weights[rows, side, classes] = torch.where(known, kept / (total + 1e-8), area[rows, side])

@@ -9,7 +9,7 @@ from ..settings import MASK_RULES, MIXUP, Settings
 from ..tables import byte_shift
 from .draw import Draw, counting
 
-__all__ = ["mix_pixels", "swap_pixels"]
+__all__ = ["blend", "finish", "mix_pixels", "mutual", "scales", "swap_pixels"]
 
 TOKENS = -1  # all kinds that take whole tokens, or none
 RECTANGLES = tuple(rule.kind for rule in MASK_RULES.values() if not rule.whole_tokens)
@@ -25,6 +25,16 @@ def blend(own: Tensor, other: Tensor, lam: Tensor) -> Tensor:
     dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
     share = lam.to(dtype) * 2.0**-16
     return share * own.to(dtype) + (1 - share) * other.to(dtype)
+
+
+def scales(settings: Settings, of_bytes: bool, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """What normalises pixels, shift and scale [C, 1, 1] fp32; None where there is no mean."""
+    if not settings.mean:
+        return None, None
+    mean = torch.tensor(settings.mean, dtype=torch.float32)
+    shift = byte_shift(settings.mean, settings.std) if of_bytes else mean
+    scale = 1 / torch.tensor(settings.std, dtype=torch.float32)
+    return shift.to(device).view(-1, 1, 1), scale.to(device).view(-1, 1, 1)
 
 
 def finish(out: Tensor, mixed: Tensor, shift: Tensor | None, scale: Tensor | None, of_bytes: bool) -> None:
@@ -82,12 +92,8 @@ def take_rectangles(
 def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
     """out[i] = the own image, with tokens, a rectangle or a share of the partner's; normalised where mean is given."""
     batch, patch, device = len(images), settings.patch_size, images.device
-    shift = scale = None
     of_bytes = images.dtype == torch.uint8
-    if settings.mean:
-        mean = torch.tensor(settings.mean, dtype=torch.float32)
-        shift = (byte_shift(settings.mean, settings.std) if of_bytes else mean).to(device).view(-1, 1, 1)
-        scale = (1 / torch.tensor(settings.std, dtype=torch.float32)).to(device).view(-1, 1, 1)
+    shift, scale = scales(settings, of_bytes, device)
     rows = token_rows(images, patch)
     # Rows of `out` are rows of `images` only where both have one layout.
     same = images.dtype == out.dtype and scale is None and images.is_contiguous() == out.is_contiguous()
@@ -123,10 +129,14 @@ def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settin
             finish(out[chunk], mixed, shift, scale, of_bytes)
 
 
+def mutual(partner: Tensor) -> Tensor:
+    """The partners [B] of a mix in place; a sample whose partner's partner is another is its own."""
+    return torch.where(partner[partner] == counting(len(partner)), partner, counting(len(partner)))
+
+
 def swap_pixels(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
-    """The same in place, a few pairs at a time; a sample whose partner's partner is another is left as it is."""
+    """The same in place, a few pairs at a time; partners are those of `mutual`."""
     batch = len(images)
-    partner = torch.where(partner[partner] == counting(batch), partner, counting(batch))
     firsts = torch.nonzero(partner > counting(batch)).flatten()
     if not len(firsts):
         return

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from ..inputs import Evidence
 from ..settings import COPY, MASK_RULES, MIXUP, Settings
-from .draw import CPU, Draw, coverage
+from .draw import CPU, Draw, Rectangle, coverage
 from .evidence import pool
 
-__all__ = ["as_labels", "row_weights", "taken_share", "write_targets", "write_weights"]
+__all__ = ["as_labels", "row_weights", "taken_share", "visible_share", "write_targets", "write_weights"]
 
 
 def taken_share(drawn: Draw, settings: Settings) -> Tensor:
@@ -28,12 +28,20 @@ def as_labels(labels: Tensor) -> Tensor:
     return labels.to(CPU, torch.int64 if labels.dim() == 1 else torch.float32)
 
 
-def write_weights(evidence: Evidence, labels: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> Tensor:
+def visible_share(rectangles: list[list[Rectangle]], grid: tuple[int, int], patch: int) -> Tensor:
+    """The share of each token that is not erased by the first rectangle, [B, Gh, Gw] float64."""
+    erased = torch.stack([coverage(own[0] if own else (0, 0, 0, 0), grid, patch) for own in rectangles])
+    return (patch * patch - erased).double() / (patch * patch)
+
+
+def write_weights(
+    evidence: Evidence, labels: Tensor, partner: Tensor, drawn: Draw, visible: Tensor | None, settings: Settings
+) -> Tensor:
     """Weights [B, 2] fp32 (own, partner): lam for Mixup, evidence or area for what was taken from the partner.
 
     Labels [B, K] beside maps of several classes have weights [B, 2, K], one for each class.
     """
-    weights = pool(evidence, labels, partner, taken_share(drawn, settings))
+    weights = pool(evidence, labels, partner, taken_share(drawn, settings), visible)
     by_lam = {COPY, MIXUP}
     rule = MASK_RULES[settings.mask_type]
     if not rule.whole_tokens and evidence.maps is None and not settings.correct_lam and not settings.minmax:

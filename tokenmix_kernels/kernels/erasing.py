@@ -1,0 +1,231 @@
+"""Random erasing, in Triton. Beside `reference/erasing.py`."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..settings import Settings, erase_bits, make_erase_plan
+from ..tables import erasing_tables
+from .draw import philox, power_of_2
+from .groups import CONST, Erased, Erasing
+from .pixels import blend, finish, row_bits, token_bit
+
+__all__ = ["draw_rectangles", "erase_rows", "erases_rows", "erasing_of"]
+
+fraction_bits = triton.constexpr_function(erase_bits)
+
+
+def erasing_of(settings: Settings, height: int, width: int, device: torch.device) -> Erasing | None:
+    """What a launch needs to erase parts of images of height x width pixels; None where it erases nothing."""
+    if settings.erase_prob == 0:
+        return None
+    return Erasing(*erasing_tables(settings.erase_aspect, device), *make_erase_plan(settings, height, width))
+
+
+@triton.jit
+def integer_root(area):
+    """The integer part of a square root below 2**16, exactly: a float guess, corrected by whole numbers."""
+    wanted = area.to(tl.int64)
+    guess = tl.sqrt_rn(area.to(tl.float32)).to(tl.int64)
+    guess += ((guess + 1) * (guess + 1) <= wanted).to(tl.int64)
+    guess -= (guess * guess > wanted).to(tl.int64)
+    return guess
+
+
+@triton.jit
+def draw_rectangles(key, sample, wanted, erasing, GRID: tl.constexpr, RULE: tl.constexpr):
+    """What is erased of an image: ERASE_COUNT rectangles, side by side; those that it does not have are empty.
+
+    As in `timm.data.random_erasing`: ten tries for each, the first that is smaller than the image is taken.
+    """
+    H: tl.constexpr = GRID.H
+    W: tl.constexpr = GRID.W
+    BITS: tl.constexpr = fraction_bits(H * W)
+    HALF: tl.constexpr = power_of_2(13 + BITS // 2)
+    SHIFT: tl.constexpr = 14 + BITS // 2
+    chance, number, _, _ = philox(key, sample, tl.zeros([], tl.int32), CONST.value.ERASE)
+    count = erasing.low_count + tl.umulhi(number, tl.cast(erasing.span_count, tl.uint32)).to(tl.int32)
+    count = tl.where(wanted & ((chance >> 8).to(tl.int32) < erasing.erases), count, 0)
+    n = tl.arange(0, RULE.ERASE_COUNT)
+    top = n * 0
+    bottom, left, right = top, top, top
+    waiting = n < count
+    tries = tl.zeros([], tl.int32)
+    while (tl.max(waiting.to(tl.int32), 0) > 0) & (tries < CONST.value.ERASE_TRIES):
+        w0, w1, w2, w3 = philox(key, sample, 1 + n * CONST.value.ERASE_TRIES + tries, CONST.value.ERASE)
+        area = erasing.low + tl.umulhi(w0, tl.cast(erasing.span, tl.uint32)).to(tl.int32)
+        side = integer_root(area // tl.maximum(count, 1))
+        factors = tl.load(erasing.aspects + (w1 >> (32 - CONST.value.RATIO_BITS)).to(tl.int32))
+        h = ((side * (factors & 0xFFFFFFFF) + HALF) >> SHIFT).to(tl.int32)
+        w = ((side * (factors >> 32) + HALF) >> SHIFT).to(tl.int32)
+        fits = waiting & (h < H) & (w < W)
+        new_top = tl.umulhi(w2, (H + 1 - h).to(tl.uint32)).to(tl.int32)
+        new_left = tl.umulhi(w3, (W + 1 - w).to(tl.uint32)).to(tl.int32)
+        top, bottom = tl.where(fits, new_top, top), tl.where(fits, new_top + h, bottom)
+        left, right = tl.where(fits, new_left, left), tl.where(fits, new_left + w, right)
+        waiting = waiting & ~fits
+        tries += 1
+    return Erased(key, sample, erasing.normals, top, bottom, left, right)
+
+
+@triton.jit
+def in_rectangle(erased, n, y, x, COUNT: tl.constexpr):
+    """Which of the pixels (y, x) are in the n-th rectangle."""
+    top, bottom, left, right = rectangle(erased, n, COUNT)
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+
+
+@triton.jit
+def rectangle(erased, n, COUNT: tl.constexpr):
+    """(top, bottom, left, right) of the n-th rectangle."""
+    mine = tl.arange(0, COUNT) == n
+    top, bottom = tl.sum(tl.where(mine, erased.top, 0), 0), tl.sum(tl.where(mine, erased.bottom, 0), 0)
+    left, right = tl.sum(tl.where(mine, erased.left, 0), 0), tl.sum(tl.where(mine, erased.right, 0), 0)
+    return top, bottom, left, right
+
+
+@triton.jit
+def last_rectangle(erased, y, x, COUNT: tl.constexpr):
+    """The last rectangle that each of the pixels (y, x) is in, -1 for none."""
+    last = (y + x) * 0 - 1
+    for n in tl.static_range(COUNT):
+        last = tl.where(in_rectangle(erased, n, y, x, COUNT), n, last)
+    return last
+
+
+@triton.jit
+def normal(normals, words, channel):
+    """Numbers of the standard normal distribution: 12 bits choose one of the table, one its sign."""
+    w0, w1, w2, w3 = words
+    place = channel % 8
+    word = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
+    half = tl.where(place % 2 == 0, word, word >> 16) & 0xFFFF
+    number = tl.load(normals + (half >> 4).to(tl.int32))
+    return tl.where((half & 8) != 0, -number, number)
+
+
+@triton.jit
+def random_words(erased, y, x, last, group, GRID: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr):
+    """Four random words for eight channels of the pixels (y, x): their own, or those of the rectangle they are in."""
+    GROUPS: tl.constexpr = (C + 7) // 8
+    if RULE.ERASE == CONST.value.ERASE_PIXEL:
+        words = philox(erased.key, erased.sample, (y * GRID.W + x) * GROUPS + group, CONST.value.NOISE)
+    else:
+        words = philox(erased.key, erased.sample, last * GROUPS + group, CONST.value.COLOUR)
+    return words
+
+
+@triton.jit
+def noise(normals, words, channel, DTYPE: tl.constexpr, RULE: tl.constexpr):
+    """What erased pixels of a channel become."""
+    number = words[0].to(tl.float32) * 0.0
+    if RULE.ERASE != CONST.value.ERASE_CONST:
+        number = normal(normals, words, channel)
+    return number.to(DTYPE)
+
+
+@triton.jit
+def chosen(first, one, other):
+    """What is erased of one image, or of the other."""
+    return Erased(
+        one.key, tl.where(first, one.sample, other.sample), one.normals, tl.where(first, one.top, other.top),
+        tl.where(first, one.bottom, other.bottom), tl.where(first, one.left, other.left),
+        tl.where(first, one.right, other.right),
+    )  # fmt: skip
+
+
+@triton.jit
+def from_partner(drawn, y, x, row, GRID: tl.constexpr, RULE: tl.constexpr):
+    """Which of the pixels (y, x) of a row of tokens are taken from the partner."""
+    if RULE.WHOLE_TOKENS:
+        taken = (y >= 0) & token_bit(row_bits(drawn.mask, row, GRID), x, GRID.P)
+    else:
+        taken = (y >= drawn.top) & (y < drawn.bottom) & (x >= drawn.left) & (x < drawn.right)
+    return taken
+
+
+@triton.jit
+def erases_rows(erased, erased_j, program, GRID: tl.constexpr, TILE: tl.constexpr):
+    """Whether something is erased of one of two images in the rows of a program."""
+    first = program * (TILE.ROWS * GRID.P)
+    end = first + TILE.ROWS * GRID.P
+    inside = ((erased.top < end) & (erased.bottom > first)) | ((erased_j.top < end) & (erased_j.bottom > first))
+    return tl.max(inside.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def erase_rows(
+    pixels, i, j, program, drawn, erased, erased_j,
+    GRID: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """Put what erased pixels become into ROWS rows of tokens of out[i], which are mixed already.
+
+    Pixels that show one image become its noise. Blended ones are blended anew, of noise and of normalised pixels. In
+    place, where pixels are erased before they move, both images become noise.
+    """
+    P: tl.constexpr = GRID.P
+    C: tl.constexpr = LAYOUT.C
+    IN_PLACE: tl.constexpr = LAYOUT.IN_PLACE
+    BLENDS: tl.constexpr = RULE.HAS_MIXUP and not IN_PLACE
+    COUNT: tl.constexpr = RULE.ERASE_COUNT
+    LINES: tl.constexpr = min(8, triton.next_power_of_2(P))
+    COLS: tl.constexpr = 256 // LINES
+    DTYPE: tl.constexpr = pixels.out.dtype.element_ty
+    WIDE: tl.constexpr = tl.float64 if pixels.images.dtype.element_ty == tl.float64 else tl.float32
+    blends = (drawn.kind == CONST.value.MIXUP) & (i != j)
+    start = program * (TILE.ROWS * P)
+    end = tl.minimum(start + TILE.ROWS * P, GRID.H)
+    n = tl.zeros([], tl.int32)
+    while n < 2 * COUNT:
+        of_own = n < COUNT
+        mine, theirs = chosen(of_own, erased, erased_j), chosen(of_own, erased_j, erased)
+        target = tl.where(of_own, i, j) if IN_PLACE else i
+        top, bottom, left, right = rectangle(mine, n % COUNT, COUNT)
+        line, bottom = tl.maximum(top, start), tl.minimum(bottom, end)
+        while line < bottom:
+            row = line // P
+            last_line = tl.minimum(tl.minimum(line + LINES, (row + 1) * P), bottom)
+            y = line + tl.arange(0, LINES)[:, None]
+            column = left
+            while column < right:
+                x = column + tl.arange(0, COLS)[None, :]
+                # Where rectangles overlap, the last one writes.
+                wanted = (y < last_line) & (x < right) & (last_rectangle(mine, y, x, COUNT) == n % COUNT)
+                if IN_PLACE:
+                    wanted = wanted & (of_own | (i != j))
+                else:
+                    wanted = wanted & (blends | (from_partner(drawn, y, x, row, GRID, RULE) ^ of_own))
+                if BLENDS:
+                    last = last_rectangle(theirs, y, x, COUNT)
+                    wanted = wanted & (~blends | of_own | (last < 0))
+                place = target * pixels.out_stride + y.to(tl.int64) * LAYOUT.OH + x.to(tl.int64) * LAYOUT.OW
+                for group in tl.static_range((C + 7) // 8):
+                    words = random_words(mine, y, x, n % COUNT, group, GRID, C, RULE)
+                    for channel in tl.static_range(8 * group, min(C, 8 * group + 8)):
+                        value = tl.broadcast_to(noise(mine.normals, words, channel, DTYPE, RULE), wanted.shape)
+                        if BLENDS:  # noqa: SIM102, this is known at compile time
+                            if blends:
+                                both = random_words(theirs, y, x, last, group, GRID, C, RULE)
+                                other = blend_source(
+                                    pixels, tl.where(of_own, j, i), y, x, channel, wanted & (last < 0), LAYOUT, TILE,
+                                    WIDE,
+                                )  # fmt: skip
+                                fill = noise(theirs.normals, both, channel, DTYPE, RULE).to(WIDE)
+                                other = tl.where(last < 0, other, fill)
+                                own = value.to(WIDE)
+                                value = blend(
+                                    tl.where(of_own, own, other), tl.where(of_own, other, own), drawn.lam
+                                ).to(DTYPE)  # fmt: skip
+                        tl.store(pixels.out + (place + channel * LAYOUT.OC), value, wanted)
+                column += COLS
+            line = last_line
+        n += 1
+
+
+@triton.jit
+def blend_source(pixels, n, y, x, channel, wanted, LAYOUT: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
+    """A channel of the pixels (y, x) of images[n], normalised, in the precision that is blended in."""
+    place = n * pixels.images_stride + y.to(tl.int64) * LAYOUT.SH + x.to(tl.int64) * LAYOUT.SW + channel * LAYOUT.SC
+    value = tl.load(pixels.images + place, wanted, 0)
+    column = x * LAYOUT.C + channel if LAYOUT.NHWC else x
+    return finish(value, pixels, column, channel, LAYOUT, TILE, WIDE)
