@@ -23,6 +23,7 @@ MIXING = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "num_classes": CLASSES}
 FLAGS = {
     "defaults": {},
     "--reprob 1": {"re_prob": 1.0},
+    "--reprob 1 --resplit --workers 1": {"re_prob": 1.0, "re_split": True, "num_workers": 1},
     "--reprob 1 --remode pixel --recount 2": {"re_prob": 1.0, "re_mode": "pixel", "re_count": 2},
     "--aug-repeats 3, on one process": {"num_aug_repeats": 3, "distributed": True},
     "--no-aug": {"no_aug": True, "re_prob": 1.0},
@@ -81,6 +82,8 @@ def test_a_flag_gives_the_images_that_timm_gives(name, request):
         atol = {torch.float32: 2e-6, torch.float16: 6e-3, torch.bfloat16: 5e-2}[images.dtype]
         if options.get("re_prob") and not options.get("no_aug"):
             assert not torch.equal(images, plain), "what is erased is drawn anew"
+            left_alone = len(images) // 2 if options.get("re_split") else 0
+            torch.testing.assert_close(images[:left_alone], plain[:left_alone], atol=atol, rtol=1e-5)
             continue
         torch.testing.assert_close(images, plain, atol=atol, rtol=1e-5)
         assert torch.equal(targets.argmax(1), labels)
@@ -98,7 +101,7 @@ def test_flags_of_create_loader_are_all_tried_or_not_about_training():
     tried = {name for options in FLAGS.values() for name in options}
     elsewhere = {
         "dataset", "input_size", "batch_size", "is_training", "device", "collate_fn", "persistent_workers",  # in all
-        "num_aug_splits", "re_split", "use_prefetcher",  # refused
+        "num_aug_splits", "use_prefetcher",  # refused
         "crop_pct", "crop_mode", "crop_border_pixels", "tf_preprocessing",  # of evaluation
         "batch_choice_weights", "batch_choice_seed", "batch_choice_schedule", "batch_schedule_epochs",
         "batch_schedule_spread", "batch_schedule_random_mix",  # of the batch sampler, which is timm's
@@ -148,7 +151,6 @@ def test_the_lines_of_train_py():
 ERRORS = {
     "--no-prefetcher": ({"use_prefetcher": False}, ValueError, "use_prefetcher must be True"),
     "--aug-splits": ({"num_aug_splits": 3}, ValueError, "num_aug_splits must be 0"),
-    "--resplit": ({"re_prob": 0.25, "re_split": True}, ValueError, "re_split must be False"),
     "twice": ({"mix": {"mode": "elem", "patch_size": 8}}, ValueError, "mix must not have mode, which collate_fn has"),
     "ours": ({"collate_fn": TokenMixCollate(**settings())}, TypeError, "got a TokenMixCollate, which mixes in the"),
     "nothing": ({"collate_fn": None, "mix": {"patch_size": 8}}, ValueError, r"mix must not be given .* no FastCollate"),

@@ -54,8 +54,6 @@ def create_loader(
         raise ValueError("use_prefetcher must be True, or the images are normalised before they are mixed")
     if given.arguments.get("num_aug_splits"):
         raise ValueError("num_aug_splits must be 0: views of one image would be mixed with those of others")
-    if given.arguments.get("re_split"):
-        raise ValueError("re_split must be False: images that are not erased would be mixed with those that are")
     settings: dict[str, Any] = {
         "mixup_alpha": collate.mixup_alpha, "cutmix_alpha": collate.cutmix_alpha,
         "cutmix_minmax": collate.cutmix_minmax, "prob": collate.mix_prob, "switch_prob": collate.switch_prob,
