@@ -113,12 +113,6 @@ def test_torchvision(run):
     assert type(names["images"]) is names["tv_tensors"].Image and names["targets"].shape == (4, CLASSES)
 
 
-def test_traps_of_label_smoothing(run):
-    names = run("Traps of label smoothing")
-    assert (names["rows"].sum(1) == 2).all()
-    assert names["targets"].max() <= 1 and names["loss"].isfinite()
-
-
 def test_deit(run):
     names = run("DeiT")
     assert (names["positive"] == CLASSES).all()
@@ -204,3 +198,9 @@ def test_torch_compile(run, monkeypatch):
     images, labels = next(iter(names["loader"]))
     losses = {float(names["step"](images, labels).detach()) for _ in range(3)}
     assert len(losses) == 3, "every call mixes in the same way"
+
+
+def test_traps_of_label_smoothing(run):
+    names = run("Traps of label smoothing")
+    assert (names["rows"].sum(1) == 2).all()
+    assert names["targets"].max() <= 1 and names["loss"].isfinite()

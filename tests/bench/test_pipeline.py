@@ -44,6 +44,7 @@ def test_timm_moves_29_bytes_for_a_blended_half_and_ours_4() -> None:
 def test_erasing_costs_timm_two_launches_for_every_fourth_image() -> None:
     options = {"mixup_alpha": 0.8, "num_classes": 2}
     counted = [pipeline.count("timm", options, HALF, SHAPE, 40, erase)["launches"] for erase in (False, True)]
+    assert pipeline.count("ours", options, HALF, SHAPE, 2)["launches"] == 1
     assert counted[1] - counted[0] == pytest.approx(8 * 0.25 * 2, abs=1)
 
 
