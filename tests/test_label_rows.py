@@ -137,6 +137,17 @@ def test_maps_of_several_classes_know_where_they_are(where):
     torch.testing.assert_close(tokenmix(images, soft, **options).weights[:, :1], mean, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("place", ["boxes", "affines"])
+def test_a_batch_without_any_label_has_shares_of_the_area(place):
+    given = {"boxes": random_boxes(3), "affines": torch.eye(2, 3).repeat(3, 1, 1)}[place]
+    mixed = tokenmix(
+        random_images((3, 1, 16, 24)), torch.zeros(3, 4), num_classes=4, patch_size=4, seed=1, label_smoothing=0.0,
+        maps=maps_of("all", 3, 4), **{place: given},
+    )  # fmt: skip
+    assert not mixed.targets.any()
+    torch.testing.assert_close(mixed.weights[:, 1], mixed.mask.float().mean((1, 2)))
+
+
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_multi_label_mixup_is_timms_for_the_same_lam(mode, smoothing):

@@ -184,8 +184,8 @@ def pool_classes(
     weights = area[:, :, None].repeat(1, 1, labels.shape[1])
     grid = (taken.shape[1], taken.shape[2])
     for side, (source, share) in enumerate(((counting(len(labels)), 1 - taken), (partner, taken))):
-        found = [part.split(MOST_AT_ONCE) for part in labels[source].nonzero(as_tuple=True)]
-        for rows, classes in zip(*found, strict=True):
+        found = labels[source].nonzero()  # [n, 2]
+        for rows, classes in (part.unbind(1) for part in found.split(MOST_AT_ONCE) if len(part)):
             pooled = pool_tokens(of_images(evidence, source[rows]), classes, grid)
             if visible is not None:
                 pooled = pooled * visible[source[rows]]
