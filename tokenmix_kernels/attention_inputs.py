@@ -13,9 +13,9 @@ from .inputs import (
     check_labels,
     check_partner,
     check_tensor,
-    check_values,
     show,
 )
+from .values import check_values
 
 __all__ = ["AttentionMix", "check_attention", "check_attention_values"]
 

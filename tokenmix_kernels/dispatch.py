@@ -2,7 +2,7 @@
 
 A CPU gets the reference, a GPU the kernels. None of them is differentiable. `settings` is JSON: the fields of
 `Settings`, as `settings.as_text` writes them. Values are checked here, inside the operators, where they are known: see
-`inputs.py`.
+`values.py`.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,10 @@ from torch.library import custom_op
 
 from . import reference
 from .attention_inputs import AttentionMix, check_attention_values
-from .inputs import Evidence, Result, check_values, shares_memory
+from .inputs import Evidence, Result, shares_memory
 from .memory import empty_images
 from .settings import Settings, from_text
+from .values import check_values
 
 __all__ = [
     "attention_targets", "backend_of", "kernels", "mix", "mix_inplace", "mix_into", "mix_out", "pool_targets",

@@ -7,6 +7,7 @@ from . import arguments, dispatch, inputs
 from .call import Maps, as_offset, as_seed, make_settings, named_backend
 from .inputs import Evidence, TopKMaps
 from .settings import as_text
+from .values import check_values
 
 __all__ = ["pool_targets", "token_mask"]
 
@@ -107,6 +108,6 @@ def pool_targets(
     module = named_backend(backend, device)
     if module is not None:
         if device.type != "cuda":
-            inputs.check_values(labels, partner, evidence, None)
+            check_values(labels, partner, evidence, None)
         return module.pool_targets(evidence, labels, mask, partner)
     return dispatch.pool_targets(labels, mask, partner, *evidence)
