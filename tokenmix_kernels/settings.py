@@ -80,7 +80,7 @@ class Settings(NamedTuple):
         erase_aspect: (smallest, largest) height over width of a rectangle.
         erase_count: (smallest, largest) number of rectangles of an image.
         erase_evidence: erased pixels carry no evidence.
-        erase_splits: the first of so many parts of a batch is not erased; 0 or 1: all are.
+        erase_splits: the first batch // erase_splits images of a batch are not erased; 0 or 1: all are.
     """
 
     num_classes: int
@@ -230,7 +230,6 @@ class ErasePlan(NamedTuple):
         low, span: smallest area of an image's rectangles together, in units of 2**-erase_bits pixels, and the number of
             areas to choose from.
         low_count, span_count: the same for the number of rectangles.
-        splits: the first batch // splits images of a batch are not erased; 0: all are.
     """
 
     erases: int
@@ -238,7 +237,6 @@ class ErasePlan(NamedTuple):
     span: int
     low_count: int
     span_count: int
-    splits: int
 
 
 @lru_cache(maxsize=256)
@@ -247,7 +245,4 @@ def make_erase_plan(settings: Settings, height: int, width: int) -> ErasePlan:
     unit = height * width << erase_bits(height * width)
     low, high = (round(share * unit) for share in settings.erase_area)
     least, most = settings.erase_count
-    return ErasePlan(
-        round(settings.erase_prob * (1 << 24)), low, max(high - low, 1), least, most - least + 1,
-        settings.erase_splits if settings.erase_splits > 1 else 0,
-    )  # fmt: skip
+    return ErasePlan(round(settings.erase_prob * (1 << 24)), low, max(high - low, 1), least, most - least + 1)

@@ -26,7 +26,7 @@ def erasing_of(settings: Settings, height: int, width: int, device: torch.device
 def integer_root(area):
     """The integer part of a square root below 2**16, exactly: a float guess, corrected by whole numbers."""
     wanted = area.to(tl.int64)
-    guess = tl.sqrt_rn(area.to(tl.float32)).to(tl.int64)
+    guess = tl.sqrt_rn(area.to(tl.float32)).to(tl.int32).to(tl.int64)
     guess += ((guess + 1) * (guess + 1) <= wanted).to(tl.int64)
     guess -= (guess * guess > wanted).to(tl.int64)
     return guess
@@ -54,7 +54,9 @@ def draw_rectangles(key, sample, wanted, erasing, GRID: tl.constexpr, RULE: tl.c
     while (tl.max(waiting.to(tl.int32), 0) > 0) & (tries < CONST.value.ERASE_TRIES):
         w0, w1, w2, w3 = philox(key, sample, 1 + n * CONST.value.ERASE_TRIES + tries, CONST.value.ERASE)
         area = erasing.low + tl.umulhi(w0, tl.cast(erasing.span, tl.uint32)).to(tl.int32)
-        side = integer_root(area // tl.maximum(count, 1))
+        if RULE.ERASE_COUNT > 1:
+            area = area // tl.maximum(count, 1)
+        side = integer_root(area)
         factors = tl.load(erasing.aspects + (w1 >> (32 - CONST.value.RATIO_BITS)).to(tl.int32))
         h = ((side * (factors & 0xFFFFFFFF) + HALF) >> SHIFT).to(tl.int32)
         w = ((side * (factors >> 32) + HALF) >> SHIFT).to(tl.int32)
@@ -174,7 +176,7 @@ def erase_rows(
     WIDE: tl.constexpr = tl.float64 if pixels.images.dtype.element_ty == tl.float64 else tl.float32
     blends = (drawn.kind == CONST.value.MIXUP) & (i != j)
     start = program * (TILE.ROWS * P)
-    end = tl.minimum(start + TILE.ROWS * P, GRID.H)
+    end = start + TILE.ROWS * P  # rectangles end with the image
     n = tl.zeros([], tl.int32)
     while n < 2 * COUNT:
         of_own = n < COUNT
@@ -184,13 +186,13 @@ def erase_rows(
         line, bottom = tl.maximum(top, start), tl.minimum(bottom, end)
         while line < bottom:
             row = line // P
-            last_line = tl.minimum(tl.minimum(line + LINES, (row + 1) * P), bottom)
+            next_line = tl.minimum(line + LINES, (row + 1) * P)
             y = line + tl.arange(0, LINES)[:, None]
             column = left
             while column < right:
                 x = column + tl.arange(0, COLS)[None, :]
                 # Where rectangles overlap, the last one writes.
-                wanted = (y < last_line) & (x < right) & (last_rectangle(mine, y, x, COUNT) == n % COUNT)
+                wanted = (y < next_line) & (y < bottom) & (x < right) & (last_rectangle(mine, y, x, COUNT) == n % COUNT)
                 if IN_PLACE:
                     wanted = wanted & (of_own | (i != j))
                 else:
@@ -218,7 +220,7 @@ def erase_rows(
                                 ).to(DTYPE)  # fmt: skip
                         tl.store(pixels.out + (place + channel * LAYOUT.OC), value, wanted)
                 column += COLS
-            line = last_line
+            line = next_line
         n += 1
 
 

@@ -102,7 +102,7 @@ def draw_both(seed, seed_high, sample_offset, i, j, batch, erasing, GRID: tl.con
     """What is erased of images i and j. It depends on an image's own place among all samples, whatever `mode` says."""
     key = read_seed(seed, seed_high)
     first = tl.cast(sample_offset, tl.int64) + tl.zeros([], tl.int64)
-    untouched = tl.where(erasing.splits > 0, batch // tl.maximum(erasing.splits, 1), 0)
+    untouched = batch // RULE.ERASE_SPLITS if RULE.ERASE_SPLITS > 1 else 0
     return (
         draw_rectangles(key, first + i, i >= untouched, erasing, GRID, RULE),
         draw_rectangles(key, first + j, j >= untouched, erasing, GRID, RULE),

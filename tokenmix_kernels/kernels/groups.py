@@ -143,7 +143,6 @@ class Erasing(NamedTuple):
     span: Any
     low_count: Any
     span_count: Any
-    splits: Any
 
 
 class Erased(NamedTuple):
@@ -229,6 +228,7 @@ class Rule(NamedTuple):
     ERASE: int
     ERASE_COUNT: int
     ERASE_EVIDENCE: bool
+    ERASE_SPLITS: int
 
 
 class MapForm(NamedTuple):

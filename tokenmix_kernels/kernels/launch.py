@@ -191,6 +191,7 @@ def fixed_part(
         ERASE=1 + ERASE_MODES.index(settings.erase_mode) if settings.erase_prob > 0 else 0,
         ERASE_COUNT=triton.next_power_of_2(settings.erase_count[1]) if settings.erase_prob > 0 else 1,
         ERASE_EVIDENCE=settings.erase_prob > 0 and settings.erase_evidence,
+        ERASE_SPLITS=settings.erase_splits if settings.erase_prob > 0 else 0,
     )
     maps_group = MapForm(
         MH=map_shape[-2] if map_shape else 1,

@@ -34,7 +34,7 @@ def draw_rectangles(
     most = settings.erase_count[1]
     words = philox(seed, (counting(batch) + sample_offset)[:, None], counting(1 + most * TRIES), ERASE).tolist()
     drawn: list[list[Rectangle]] = []
-    untouched = batch // plan.splits if plan.splits else 0
+    untouched = batch // settings.erase_splits if settings.erase_splits > 1 else 0
     for i, (first, *tries) in enumerate(words):
         erases = i >= untouched and first[0] >> 8 < plan.erases
         count = plan.low_count + (first[1] * plan.span_count >> 32) if erases else 0
