@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 from . import arguments, dispatch, inputs, reference
 from .erasing import RandomErasing, erase_settings
 from .inputs import Evidence, Result, TopKMaps
+from .memory import empty_images
 from .settings import MASK_RULES, Settings, as_text
 from .sharded import Shards
 
@@ -204,10 +205,12 @@ def run(
         if in_place and settings.mean:
             raise ValueError("out must not be images where mean and std are given: only what moves is touched in place")
     module = dispatch.kernels() if at_once else named_backend(backend, images.device)
+    if backend == "auto" and not at_once and runs_at_once(images):
+        module = reference
     seed = as_seed(seed, generator, images.device)
 
     if module is not None:
-        place = images if in_place else torch.empty_like(images, dtype=dtype) if out is None else target
+        place = images if in_place else empty_images(images, dtype) if out is None else target
         options = {} if module is reference else {"whole": whole, "form": form}
         result = dispatch.mix_into(
             module, images, place, labels, partner, evidence, mask, seed, offset, settings, in_place,
@@ -277,10 +280,19 @@ MOST_PASSED = 1024
 
 def launches_at_once(images: Tensor) -> bool:
     """Whether the kernels can be called without the operator: on a GPU, not traced, with nobody watching operators."""
+    return nobody_watches(images) and images.is_cuda
+
+
+def runs_at_once(images: Tensor) -> bool:
+    """Whether the reference can be: the same on a CPU."""
+    return nobody_watches(images) and images.device.type == "cpu"
+
+
+def nobody_watches(images: Tensor) -> bool:
     return (
         type(images) is Tensor
-        and images.is_cuda
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and _get_current_dispatch_mode() is None
     )
 

@@ -118,6 +118,6 @@ def byte_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     times 2**-16; with 1 / std in [2**e, 2**(e + 1)) all products are multiples of 2**(e - 39) below 2**(e + 9). The
     shift is made a multiple of 2**(e - 43), so that up to |mean| = 2**8 the sum has at most 53 bits.
     """
-    scale = (1 / torch.tensor(std, dtype=torch.float32)).double()
+    scale = (1 / torch.tensor(std, dtype=torch.float32, device="cpu")).double()
     unit = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 44)
-    return (torch.round(-torch.tensor(mean, dtype=torch.float32).double() * scale / unit) * unit).float()
+    return (torch.round(-torch.tensor(mean, dtype=torch.float32, device="cpu").double() * scale / unit) * unit).float()

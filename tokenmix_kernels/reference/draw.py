@@ -1,4 +1,4 @@
-"""What each sample gets, in PyTorch and Python integers: kind, lam, mask, rectangle. Beside `kernels/draw.py`.
+"""What each sample gets, in NumPy and Python integers: kind, lam, mask, rectangle. Beside `kernels/draw.py`.
 
 Random numbers come from Philox4x32-10 with the seed as key and (sample, sample >> 32, draw, stream) as counter. Every
 decision on them is made on integers, so that masks are equal bit for bit on every device.
@@ -9,7 +9,9 @@ from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..settings import BATCH, COPY, MASK_RULES, MIXUP, MODES, PAIR, Plan, Settings, area_bits, make_plan
@@ -19,7 +21,11 @@ __all__ = ["Draw", "draw", "partner_of", "philox"]
 
 HEADER, RECTANGLE, TRIES, KEYS = 0, 1, 2, 3  # streams of the random counters
 LOW32 = 0xFFFFFFFF
+HALF, LOW = np.uint64(32), np.uint64(LOW32)
+FACTORS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
 CPU = torch.device("cpu")
+Integers = NDArray[np.int64]
+Masks = NDArray[np.bool_]
 Rectangle = tuple[int, int, int, int]
 
 
@@ -41,16 +47,49 @@ class Draw(NamedTuple):
 
 def philox(seed: int, samples: Tensor, draws: Tensor, stream: int) -> Tensor:
     """Philox4x32-10 (Salmon et al. 2011): four 32-bit words, as int64 [*, 4], for each counter."""
-    samples, draws = torch.broadcast_tensors(samples, draws)
-    c0, c1, c2 = samples & LOW32, (samples >> 32) & LOW32, draws
-    c3 = torch.full_like(c0, stream)
-    key0, key1 = seed & LOW32, (seed >> 32) & LOW32
+    return torch.from_numpy(philox_words(seed, samples.numpy(), draws.numpy(), stream))
+
+
+def philox_words(seed: int, samples: Integers, draws: Integers, stream: int) -> Integers:
+    """`philox` of arrays: int64 [*, 4]."""
+    state = np.empty((4, *np.broadcast_shapes(samples.shape, draws.shape)), np.uint64)
+    # Words 0 and 2, which are multiplied, and words 1 and 3.
+    even, odd = state[:2], state[2:]
+    even[0], even[1], odd[0], odd[1] = samples & LOW32, draws, samples >> 32 & LOW32, stream
+    keys, factors = (part.reshape(*part.shape, *[1] * (state.ndim - 1)) for part in (round_keys(seed), FACTORS))
+    for key in keys:
+        product = even * factors
+        even = ((product >> HALF)[::-1] ^ odd) ^ key
+        odd = (product & LOW)[::-1]
+    out = np.empty((*state.shape[1:], 4), np.int64)
+    out[..., 0], out[..., 2], out[..., 1], out[..., 3] = *even, *odd
+    return out
+
+
+def philox_one(seed: int, sample: int, draw: int, stream: int) -> list[int]:
+    """`philox` of one counter, in integers: less than arrays cost."""
+    c0, c1, c2, c3 = sample & LOW32, sample >> 32 & LOW32, draw, stream
+    key0, key1 = seed & LOW32, seed >> 32 & LOW32
     for _ in range(10):
         low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c2 = (high >> 32 & LOW32) ^ c1 ^ key0, (low >> 32 & LOW32) ^ c3 ^ key1
-        c1, c3 = high & LOW32, low & LOW32
-        key0, key1 = (key0 + 0x9E3779B9) & LOW32, (key1 + 0xBB67AE85) & LOW32
-    return torch.stack([c0, c1, c2, c3], -1)
+        c0, c1, c2, c3 = high >> 32 ^ c1 ^ key0, high & LOW32, low >> 32 ^ c3 ^ key1, low & LOW32
+        key0, key1 = key0 + 0x9E3779B9 & LOW32, key1 + 0xBB67AE85 & LOW32
+    return [c0, c1, c2, c3]
+
+
+def first_words(seed: int, samples: Integers, stream: int) -> list[list[int]]:
+    """The words of each sample's first draw, [U, 4]."""
+    if len(samples) == 1:
+        return [philox_one(seed, int(samples[0]), 0, stream)]
+    return philox_words(seed, samples, np.zeros(1, np.int64), stream).tolist()
+
+
+@lru_cache(maxsize=16)
+def round_keys(seed: int) -> NDArray[np.uint64]:
+    """The keys of the ten rounds, [10, 2]."""
+    weyl = (0x9E3779B9, 0xBB67AE85)
+    first = (seed & LOW32, seed >> 32 & LOW32)
+    return np.array([[(f + n * w) & LOW32 for f, w in zip(first, weyl, strict=True)] for n in range(10)], np.uint64)
 
 
 def counting(count: int) -> Tensor:
@@ -61,9 +100,15 @@ def counting(count: int) -> Tensor:
 def partner_of(partner: Tensor | None, batch: int) -> Tensor:
     """The partner of each sample, [B] int64: the batch reversed unless given; out of range it is the sample itself."""
     if partner is None:
-        return counting(batch).flip(0)
+        return reversed_batch(batch)
     partner = partner.to(CPU, torch.int64)
     return torch.where((partner >= 0) & (partner < batch), partner, counting(batch))
+
+
+@lru_cache(maxsize=64)
+def reversed_batch(batch: int) -> Tensor:
+    """batch - 1 ... 0, [B] int64 on the CPU, not to be changed."""
+    return counting(batch).flip(0)
 
 
 def beta(word: int, alpha: float) -> int:
@@ -88,9 +133,9 @@ def header(words: list[int], settings: Settings, plan: Plan, count: int) -> tupl
     return kind, lam, min(count, ((65536 - lam) * count >> 16) + plan.minimum_tokens)
 
 
-def block_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, int], cell: int) -> Tensor:
+def block_mask(seed: int, samples: Integers, tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
     """Rectangles of random area and aspect ratio until `tokens` [U] are masked, [U, G] bool."""
-    words = philox(seed, samples[:, None], counting(32), TRIES).tolist()
+    words = philox_words(seed, samples[:, None], np.arange(32), TRIES).tolist()
     masks = [
         union_of_rectangles(first_words, sample, seed, wanted, grid)
         for first_words, sample, wanted in zip(words, samples.tolist(), tokens, strict=True)
@@ -114,8 +159,8 @@ def union_of_rectangles(words: list[list[int]], sample: int, seed: int, tokens: 
         remaining = tokens - covered
         first, half_row = 4 * (window // 2), 2 * (window % 2)
         if first == len(words):
-            more = counting(len(words) + 32)[len(words) :]
-            words = words + philox(seed, torch.full_like(more, sample), more, TRIES).tolist()
+            more = np.arange(len(words), len(words) + 32)
+            words = words + philox_words(seed, np.array(sample), more, TRIES).tolist()
         failed += 1
         for j in range(4 if failed < 3 else 2):
             row = words[first + j]
@@ -143,27 +188,26 @@ def row_pattern(h: int, w: int, grid_w: int) -> int:
     return ((1 << h * grid_w) - 1) // ((1 << grid_w) - 1) * ((1 << w) - 1)
 
 
-def unpack(masks: list[int], count: int) -> Tensor:
+def unpack(masks: list[int], count: int) -> Masks:
     """Integers of `count` bits as bool [len(masks), count]."""
     size = (count + 7) // 8
-    raw = bytearray().join(mask.to_bytes(size, "little") for mask in masks)
-    octets = torch.frombuffer(raw, dtype=torch.uint8).view(len(masks), size, 1)
-    return (octets >> counting(8).byte() & 1).bool().flatten(1)[:, :count]
+    octets = np.frombuffer(b"".join([mask.to_bytes(size, "little") for mask in masks]), np.uint8)
+    return np.unpackbits(octets.reshape(len(masks), size), axis=1, count=count, bitorder="little").view(np.bool_)
 
 
-def random_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, int], cell: int) -> Tensor:
+def random_mask(seed: int, samples: Integers, tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
     """The `tokens` [U] tokens with the smallest keys, [U, G] bool.
 
     Keys are 32-bit random numbers whose low bits are the token's index, so no two are equal.
     """
     count = grid[0] * grid[1]
-    words = philox(seed, samples[:, None], counting((count + 3) // 4), KEYS).flatten(1)[:, :count]
+    words = philox_words(seed, samples[:, None], np.arange((count + 3) // 4), KEYS).reshape(len(samples), -1)
     low = (1 << (count - 1).bit_length()) - 1
-    keys = words & ~low | counting(count)
-    return keys.argsort(1).argsort(1) < torch.tensor(tokens, dtype=torch.int64, device=CPU)[:, None]
+    keys = words[:, :count] & ~low | np.arange(count)
+    return keys.argsort(1).argsort(1) < np.array(tokens)[:, None]
 
 
-def grid_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, int], cell: int) -> Tensor:
+def grid_mask(seed: int, samples: Integers, tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
     """Random cells of cell x cell tokens, [U, G] bool: as many as the share of `tokens` [U] stands for.
 
     The cells at the lower and right edges are smaller where the cell does not divide the grid.
@@ -172,12 +216,12 @@ def grid_mask(seed: int, samples: Tensor, tokens: list[int], grid: tuple[int, in
     count, cells = grid[0] * grid[1], rows * columns
     # Rounded down; not twice, since the tokens were rounded down before.
     wanted = [((number + 1) * cells - 1) // count if number else 0 for number in tokens]
-    chosen = random_mask(seed, samples, wanted, (rows, columns), 1).view(-1, rows, columns)
-    chosen = chosen.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
-    return chosen[:, : grid[0], : grid[1]].flatten(1)
+    chosen = random_mask(seed, samples, wanted, (rows, columns), 1).reshape(-1, rows, columns)
+    chosen = chosen.repeat(cell, 1).repeat(cell, 2)
+    return chosen[:, : grid[0], : grid[1]].reshape(len(samples), count)
 
 
-TOKEN_RULES: dict[str, Callable[[int, Tensor, list[int], tuple[int, int], int], Tensor]] = {
+TOKEN_RULES: dict[str, Callable[[int, Integers, list[int], tuple[int, int], int], Masks]] = {
     name: globals()[f"{name}_mask"] for name, rule in MASK_RULES.items() if rule.whole_tokens and rule.drawn
 }
 
@@ -198,13 +242,15 @@ def cutmix_rectangle(words: list[int], lam: int, plan: Plan, minmax: bool, heigh
     return top, bottom, left, right
 
 
+@lru_cache(maxsize=256)
 def coverage(rectangle: Rectangle, grid: tuple[int, int], patch: int) -> Tensor:
-    """Pixels of each token inside a rectangle, [Gh, Gw] int64."""
+    """Pixels of each token inside a rectangle, [Gh, Gw] int64, not to be changed."""
     top, bottom, left, right = rectangle
-    rows, columns = counting(grid[0]) * patch, counting(grid[1]) * patch
-    rows = (torch.clamp(rows + patch, max=bottom) - torch.clamp(rows, min=top)).clamp(min=0)
-    columns = (torch.clamp(columns + patch, max=right) - torch.clamp(columns, min=left)).clamp(min=0)
-    return rows[:, None] * columns
+    sides = zip(grid, (top, left), (bottom, right), strict=True)
+    rows, columns = (
+        np.diff(np.clip(np.arange(count + 1, dtype=np.int64) * patch, low, high)) for count, low, high in sides
+    )
+    return torch.from_numpy(np.multiply.outer(rows, columns))
 
 
 def draw(
@@ -216,34 +262,34 @@ def draw(
     rule = MASK_RULES[settings.mask_type]
     plan = make_plan(settings, height, width)
     # Samples that share a draw have one counter.
-    samples = counting(batch)
-    if mode == BATCH:
-        samples.zero_()
-    elif mode == PAIR:
-        samples = torch.minimum(samples, partner)
-    units, unit_of = torch.unique(samples, return_inverse=True)
-    units += sample_offset
+    units = np.arange(1 if mode == BATCH else batch)
+    unit_of = np.zeros(batch, np.int64) if mode == BATCH else units
+    if mode == PAIR:
+        units, unit_of = np.unique(np.minimum(units, partner.numpy()), return_inverse=True)
+    units = units + sample_offset
 
-    headers = philox(seed, units, counting(1), HEADER).tolist()
+    headers = first_words(seed, units, HEADER)
     kinds, lams, tokens = zip(*(header(words, settings, plan, grid[0] * grid[1]) for words in headers), strict=True)
     rectangles: list[Rectangle] = [(0, 0, 0, 0)] * len(units)
-    masks = torch.zeros(len(units), grid[0] * grid[1], dtype=torch.bool, device=CPU)
+    masks = np.zeros((len(units), *grid), np.bool_)
     if rule.kind in kinds and not rule.whole_tokens:
-        words = philox(seed, units, counting(1), RECTANGLE).tolist()
+        words = first_words(seed, units, RECTANGLE)
         for u, kind in enumerate(kinds):
             if kind == rule.kind:
                 rectangles[u] = cutmix_rectangle(words[u], lams[u], plan, bool(settings.minmax), height, width)
-        masks = torch.stack([2 * coverage(r, grid, patch) > patch * patch for r in rectangles]).flatten(1)
+                masks[u] = coverage(rectangles[u], grid, patch).numpy() * 2 > patch * patch
     elif rule.kind in kinds and rule.drawn:
         masks = TOKEN_RULES[settings.mask_type](seed, units, list(tokens), grid, settings.grid_cell)
-    masks = masks[unit_of]
-    if not rule.drawn:
-        assert mask is not None
-        masks = mask.to(CPU).flatten(1) & torch.tensor([kind == rule.kind for kind in kinds], device=CPU)[unit_of, None]
     order = unit_of.tolist()
+    of_each = [kinds[u] for u in order]
+    if rule.drawn:
+        taken = torch.from_numpy(masks.reshape(-1, *grid)[unit_of])
+    else:
+        assert mask is not None
+        taken = mask.to(CPU) & torch.tensor([kind == rule.kind for kind in of_each], device=CPU)[:, None, None]
     return Draw(
-        kind=[kinds[u] for u in order],
+        kind=of_each,
         lam=[lams[u] for u in order],
-        mask=masks.view(batch, *grid),
+        mask=taken,
         rectangle=[rectangles[u] for u in order],
     )

@@ -1,44 +1,57 @@
-"""The mixed images in PyTorch. Beside `kernels/pixels.py`."""
+"""The mixed images in PyTorch. Beside `kernels/pixels.py`.
 
+A few images at a time, each beside its partner, so that what is read again and all temporaries lie in the cache.
+"""
+
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from math import gcd
 
 import torch
 from torch import Tensor
 
-from ..settings import MASK_RULES, MIXUP, Settings
+from ..memory import empty_images
+from ..settings import COPY, MASK_RULES, MIXUP, Settings
 from ..tables import byte_shift
-from .draw import Draw, counting
+from .draw import CPU, Draw, counting
 
 __all__ = ["blend", "finish", "mix_pixels", "mutual", "scales", "swap_pixels"]
 
-TOKENS = -1  # all kinds that take whole tokens, or none
 RECTANGLES = tuple(rule.kind for rule in MASK_RULES.values() if not rule.whole_tokens)
+AT_ONCE = 1 << 17  # values of the images that are mixed at a time, unless one image has more
+# Types by the bytes of a word, to copy whole words whatever they hold.
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-def blend(own: Tensor, other: Tensor, lam: Tensor) -> Tensor:
+def blend(
+    own: Tensor, other: Tensor, lam: Tensor | int, out: Tensor | None = None, spare: Tensor | None = None
+) -> Tensor:
     """lam * own + (1 - lam) * other in fp32 (float64 for such images), each step rounded once.
 
-    `lam` is in units of 2**-16. Raw bytes are blended in integers, exactly.
+    `lam` is in units of 2**-16. Raw bytes are blended in integers, exactly. Into `out` where that is given; `spare` is
+    written, too.
     """
     if own.dtype == torch.uint8:
-        return (lam * own.int() + (65536 - lam) * other.int()).to(torch.float32) * 2.0**-16
+        mixed = (lam * own.int() + (65536 - lam) * other.int()).to(torch.float32)
+        return torch.mul(mixed, 2.0**-16, out=mixed if out is None else out)
     dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
-    share = lam.to(dtype) * 2.0**-16
-    return share * own.to(dtype) + (1 - share) * other.to(dtype)
+    share = lam * 2.0**-16 if isinstance(lam, int) else lam.to(dtype) * 2.0**-16
+    mixed = torch.mul(own.to(dtype), share, out=out)
+    return mixed.add_(torch.mul(other.to(dtype), 1 - share, out=spare))
 
 
 def scales(settings: Settings, of_bytes: bool, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """What normalises pixels, shift and scale [C, 1, 1] fp32; None where there is no mean."""
     if not settings.mean:
         return None, None
-    mean = torch.tensor(settings.mean, dtype=torch.float32)
+    mean = torch.tensor(settings.mean, dtype=torch.float32, device=CPU)
     shift = byte_shift(settings.mean, settings.std) if of_bytes else mean
-    scale = 1 / torch.tensor(settings.std, dtype=torch.float32)
+    scale = 1 / torch.tensor(settings.std, dtype=torch.float32, device=CPU)
     return shift.to(device).view(-1, 1, 1), scale.to(device).view(-1, 1, 1)
 
 
 def finish(out: Tensor, mixed: Tensor, shift: Tensor | None, scale: Tensor | None, of_bytes: bool) -> None:
-    """Normalise (where mean is given), round to the dtype of `out`, write.
+    """Normalise (where mean is given), round to the dtype of `out`, write. `mixed` may be `out`.
 
     Bytes become mixed * scale + shift, rounded once: float64 holds it exactly (see `tables.byte_shift`). Floats become
     (mixed - shift) * scale, each step rounded.
@@ -48,85 +61,174 @@ def finish(out: Tensor, mixed: Tensor, shift: Tensor | None, scale: Tensor | Non
             mixed = mixed.double().mul_(scale).add_(shift).float()
         else:
             dtype = torch.float64 if mixed.dtype == torch.float64 else torch.float32
-            mixed = (mixed.to(dtype) - shift) * scale
+            mixed = (mixed.to(dtype) - shift).mul_(scale)
     elif out.dtype == torch.uint8 and mixed.dtype != torch.uint8:
         mixed = torch.floor(mixed + 0.5)
-    out.copy_(mixed)
+    if mixed is not out:
+        out.copy_(mixed)
 
 
-def token_rows(images: Tensor, patch: int) -> Tensor | None:
-    """The pixels as a table with one row for each run of a token's pixels that is contiguous in memory, or None.
+def is_large(images: Tensor) -> bool:
+    """Whether the images are mixed one at a time."""
+    return 2 * images.numel() > AT_ONCE * len(images)
 
-    [B * C * H * Gw, P] for contiguous images, [B * H * Gw, P * C] for channels_last.
+
+class Tokens:
+    """How the tokens of images lie in memory, so that whole words of them are copied.
+
+    Attributes:
+        planes: channels are apart, so that lines [H, W] are a view of each; False: a line holds all channels.
+        word: bytes of a word, which lies within one token; 0 where the images have other strides.
     """
-    if images.is_contiguous():
-        return images.view(-1, patch)
-    if images.is_contiguous(memory_format=torch.channels_last):
-        return images.permute(0, 2, 3, 1).view(-1, patch * images.shape[1])
-    return None
+
+    def __init__(self, patch: int, *tensors: Tensor) -> None:
+        first = tensors[0]
+        self.patch, self.item = patch, first.element_size()
+        self.planes = all(one.is_contiguous() for one in tensors)
+        self.word, self.run = 0, patch * self.item * (1 if self.planes else first.shape[1])
+        if self.planes or all(one.is_contiguous(memory_format=torch.channels_last) for one in tensors):
+            places = [place for one in tensors for place in (one.data_ptr(), one.storage_offset() * self.item)]
+            self.word = gcd(self.run, 16 if first.device.type == "cpu" else 8, *places)
+
+    def words(self, images: Tensor) -> Tensor:
+        """The images [n, C, H, W] as words [n, C, H, *], or [n, 1, H, *] where channels are innermost."""
+        # In one line first: axes of one element may have any strides.
+        channels, height = (images.shape[1] if self.planes else 1), images.shape[2]
+        line = (images if self.planes else images.permute(0, 2, 3, 1)).reshape(-1)
+        return line.view(WORDS[self.word]).view(len(images), channels, height, -1)
+
+    def pixels(self, mask: Tensor) -> Tensor:
+        """A mask of tokens [n, Gh, Gw] as one of words [n, 1, H, *] (of pixels, for other strides)."""
+        run = self.run // self.word if self.word else self.patch
+        lines = mask[..., None].expand(-1, -1, -1, run).flatten(2)
+        return lines[:, :, None].expand(-1, -1, self.patch, -1).flatten(1, 2)[:, None]
+
+    def select(self, mask: Tensor, own: Tensor, other: Tensor, out: Tensor) -> None:
+        """out = mask ? other : own, for a mask of `pixels`."""
+        if self.word:
+            own, other, out = self.words(own), self.words(other), self.words(out)
+        torch.where(mask, other, own, out=out)
 
 
-def source_rows(images: Tensor, partner: Tensor, mask: Tensor, start: int, patch: int) -> Tensor:
-    """For each row of `token_rows` of the samples from `start` on, the row of the whole table that it is taken from."""
-    grid_h, grid_w = mask.shape[1:]
-    planes = images.shape[1] if images.is_contiguous() else 1
-    size = planes * grid_h * patch * grid_w
-    small = torch.int32 if len(images) * size < 2**31 else torch.int64
-    mask, partner = mask.to(images.device), partner.to(images.device)
-    own = torch.arange(start, start + len(mask), dtype=torch.int64, device=images.device)
-    table = torch.where(mask, partner[:, None, None], own[:, None, None]).to(small) * size  # [b, Gh, Gw]
-    inside = torch.arange(size, dtype=small, device=images.device).view(planes, grid_h, patch, grid_w)
-    return (table[:, None, :, None, :] + inside).flatten()
+class Mixer:
+    """Mixes parts of a batch: samples of one kind, their partners and their results as they are given."""
 
+    def __init__(self, images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
+        self.drawn, self.device, self.of_bytes = drawn, images.device, images.dtype == torch.uint8
+        self.shift, self.scale = scales(settings, self.of_bytes, self.device)
+        self.wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+        self.whole = images.dtype == out.dtype and self.scale is None
+        self.pairs = partner.tolist()
+        # A sample that is its own partner is left as it is, in every branch.
+        self.kinds = [COPY if i == j else kind for i, (j, kind) in enumerate(zip(self.pairs, drawn.kind, strict=True))]
+        self.tokens = Tokens(settings.patch_size, *((images, out) if self.whole else (images,)))
+        self.mask = drawn.mask.to(self.device)
+        # One mask for all is made once.
+        self.one_mask = settings.mode == "batch" and MASK_RULES[settings.mask_type].drawn
+        self.taken: Tensor | None = None
+        self.spare: Tensor | None = None
 
-def take_rectangles(
-    images: Tensor, chunk: slice, partner: Tensor, rectangles: list[tuple[int, int, int, int]]
-) -> Tensor:
-    """The images of a chunk, each with a rectangle of pixels from its partner."""
-    mixed = images[chunk].clone()
-    for i, (j, (top, bottom, left, right)) in enumerate(zip(partner.tolist(), rectangles, strict=True)):
-        mixed[i, :, top:bottom, left:right] = images[j, :, top:bottom, left:right]
-    return mixed
+    def alike(self, images: Tensor) -> bool:
+        """Whether all are large, have one draw and are written as they are, so that `Views` serve."""
+        direct = self.whole and (self.drawn.kind[0] != MIXUP or images.dtype == self.wide)
+        return direct and self.one_mask and is_large(images)
+
+    def finish(self, out: Tensor, mixed: Tensor) -> None:
+        finish(out, mixed, self.shift, self.scale, self.of_bytes)
+
+    def mix(self, first: int, last: int, own: Tensor, other: Tensor, out: Tensor) -> None:
+        """Mix samples from `first` up to `last`; `out` may be `own`."""
+        kind = self.kinds[first]
+        if kind == COPY:
+            self.finish(out, own)
+        elif kind == MIXUP:
+            lams = self.drawn.lam[first:last]
+            lam: Tensor | int = lams[0]
+            if len(set(lams)) > 1:
+                lam = torch.tensor(lams, dtype=torch.int32, device=self.device).view(-1, 1, 1, 1)
+            direct = out.dtype == own.dtype == self.wide
+            if direct and (self.spare is None or self.spare.shape != own.shape):
+                self.spare = empty_images(own, own.dtype)
+            spare = self.spare if direct else None
+            self.finish(out, blend(own, other, lam, out if out.dtype == self.wide else None, spare))
+        elif kind in RECTANGLES:
+            self.finish(out, own)
+            for i, (top, bottom, left, right) in enumerate(self.drawn.rectangle[first:last]):
+                part = (i, slice(None), slice(top, bottom), slice(left, right))
+                self.finish(out[part], other[part])
+        else:
+            if self.taken is None or not self.one_mask:
+                self.taken = self.tokens.pixels(self.mask[first : first + 1 if self.one_mask else last])
+            mixed = out if self.whole else torch.empty_like(own)
+            self.tokens.select(self.taken, own, other, mixed)
+            self.finish(out, mixed)
 
 
 def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
     """out[i] = the own image, with tokens, a rectangle or a share of the partner's; normalised where mean is given."""
-    batch, patch, device = len(images), settings.patch_size, images.device
-    of_bytes = images.dtype == torch.uint8
-    shift, scale = scales(settings, of_bytes, device)
-    rows = token_rows(images, patch)
-    # Rows of `out` are rows of `images` only where both have one layout.
-    same = images.dtype == out.dtype and scale is None and images.is_contiguous() == out.is_contiguous()
-    direct = token_rows(out, patch) if same else None
-    step = max(1, batch // 4) if direct is not None else max(1, batch // 32)
-    # A sample that is its own partner is left as it is, in every branch.
-    alone = (partner == counting(batch)).tolist()
-    kinds = [
-        kind if kind in (MIXUP, *RECTANGLES) and not own else TOKENS
-        for kind, own in zip(drawn.kind, alone, strict=True)
-    ]
-    for kind, run in groupby(range(batch), key=lambda i: kinds[i]):
+    mixer = Mixer(images, out, partner, drawn, settings)
+    if mixer.alike(images):
+        views = Views(mixer, images, out)
+        for i, _ in parts(mixer.kinds, mixer.pairs, images.numel() // len(images)):
+            views.mix(i, views.own, mixer.pairs[i])
+        return
+    for first, last in parts(mixer.kinds, mixer.pairs, images.numel() // len(images)):
+        own, mixed, others = images[first:last], out[first:last], partner[first:last]
+        # One image is read where it lies; several are gathered, which are small.
+        j = mixer.pairs[first]
+        other = images[j : j + 1] if last - first == 1 else images.index_select(0, others.to(images.device))
+        mixer.mix(first, last, own, other, mixed)
+
+
+class Views:
+    """The views of large images that all have one draw, made at once: of words for tokens, of the rectangle."""
+
+    def __init__(self, mixer: Mixer, images: Tensor, out: Tensor) -> None:
+        self.kind, self.lam = mixer.drawn.kind[0], mixer.drawn.lam[0]
+        self.pairs = mixer.pairs
+        self.spare: Tensor | None = None
+        if self.kind == MIXUP:
+            self.spare = empty_images(images[:1], images.dtype)
+        elif self.kind in RECTANGLES:
+            top, bottom, left, right = mixer.drawn.rectangle[0]
+            inside = (..., slice(top, bottom), slice(left, right))
+            self.whole, self.whole_out = images.split(1), out.split(1)
+            images, out = images[inside], out[inside]
+        elif mixer.tokens.word:
+            images, out = mixer.tokens.words(images), mixer.tokens.words(out)
+        if self.kind not in (COPY, MIXUP, *RECTANGLES):
+            self.mask = mixer.tokens.pixels(mixer.mask[:1])
+        self.own, self.out = images.split(1), out.split(1)
+
+    def mix(self, i: int, others: Sequence[Tensor], j: int) -> None:
+        """Mix sample i with others[j] into `out`, which may be the images."""
+        own, out = self.own[i], self.out[i]
+        if self.kind in RECTANGLES:
+            if self.whole_out[i].data_ptr() != self.whole[i].data_ptr():
+                self.whole_out[i].copy_(self.whole[i])
+            out.copy_(others[j])
+        elif self.kind == COPY or self.pairs[i] == i:
+            out.copy_(own)
+        elif self.kind == MIXUP:
+            blend(own, others[j], self.lam, out, self.spare)
+        else:
+            torch.where(self.mask, others[j], own, out=out)
+
+
+def parts(kinds: list[int], pairs: list[int], size: int) -> Iterator[tuple[int, int]]:
+    """Samples (first, last + 1) of one kind that are mixed at a time, for images of `size` values.
+
+    Small images are taken several at a time. A large one is followed by its partner, which is in the cache by then.
+    """
+    if 2 * size > AT_ONCE:
+        todo = dict.fromkeys(j for pair in enumerate(pairs) for j in pair)
+        yield from ((i, i + 1) for i in todo)
+        return
+    step = AT_ONCE // size
+    for _, run in groupby(range(len(kinds)), key=kinds.__getitem__):
         members = list(run)
-        for start in range(members[0], members[-1] + 1, step):
-            chunk = slice(start, min(start + step, members[-1] + 1))
-            others = partner[chunk].to(device)
-            if kind == MIXUP:
-                lam = torch.tensor(drawn.lam[chunk], dtype=torch.int32, device=device).view(-1, 1, 1, 1)
-                mixed = blend(images[chunk], images[others], lam)
-            elif kind in RECTANGLES:
-                mixed = take_rectangles(images, chunk, others, drawn.rectangle[chunk])
-            elif rows is None:
-                pixels = drawn.mask[chunk].to(device).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-                mixed = torch.where(pixels[:, None], images[others], images[chunk])
-            else:
-                source = source_rows(images, partner[chunk], drawn.mask[chunk], start, patch)
-                if direct is not None:
-                    size = len(direct) // batch
-                    torch.index_select(rows, 0, source, out=direct[start * size : chunk.stop * size])
-                    continue
-                mixed = torch.empty_like(images[chunk])
-                torch.index_select(rows, 0, source, out=token_rows(mixed, patch))
-            finish(out[chunk], mixed, shift, scale, of_bytes)
+        for first in range(members[0], members[-1] + 1, step):
+            yield first, min(first + step, members[-1] + 1)
 
 
 def mutual(partner: Tensor) -> Tensor:
@@ -135,20 +237,44 @@ def mutual(partner: Tensor) -> Tensor:
 
 
 def swap_pixels(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
-    """The same in place, a few pairs at a time; partners are those of `mutual`."""
-    batch = len(images)
-    firsts = torch.nonzero(partner > counting(batch)).flatten()
+    """The same in place; partners are those of `mutual`."""
+    if not is_large(images):
+        swap_small(images, partner, drawn, settings)
+        return
+    mixer = Mixer(images, images, partner, drawn, settings)
+    if mixer.alike(images):
+        views = Views(mixer, images, images)
+        spare = torch.empty_like(views.own[0])
+        for i, j in enumerate(mixer.pairs):
+            if i < j and views.kind != COPY:
+                spare.copy_(views.own[i])
+                views.mix(i, views.own, j)
+                views.mix(j, (spare,), 0)
+        return
+    before = torch.empty_like(images[:1])
+    for i, j in enumerate(mixer.pairs):
+        if i < j:
+            own, other = images[i : i + 1], images[j : j + 1]
+            before.copy_(own)
+            mixer.mix(i, i + 1, own, other, own)
+            mixer.mix(j, j + 1, other, before, other)
+
+
+def swap_small(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
+    """`swap_pixels` for small images, several pairs at a time."""
+    firsts = torch.nonzero(partner > counting(len(images))).flatten()
     if not len(firsts):
         return
-    for some in firsts.split(max(1, len(firsts) // 32)):
-        members = torch.unique(torch.cat([some, partner[some]]))
+    for some in firsts.split(max(1, AT_ONCE // (2 * images[0].numel()))):
+        members = torch.cat([some, partner[some]])
+        order = members.tolist()
         part = Draw(
-            kind=[drawn.kind[i] for i in members.tolist()],
-            lam=[drawn.lam[i] for i in members.tolist()],
+            kind=[drawn.kind[i] for i in order],
+            lam=[drawn.lam[i] for i in order],
             mask=drawn.mask[members],
-            rectangle=[drawn.rectangle[i] for i in members.tolist()],
+            rectangle=[drawn.rectangle[i] for i in order],
         )
         before = images[members.to(images.device)]
         after = torch.empty_like(before)
-        mix_pixels(before, after, torch.searchsorted(members, partner[members]), part, settings)
+        mix_pixels(before, after, counting(len(order)).roll(len(some)), part, settings)
         images[members.to(images.device)] = after

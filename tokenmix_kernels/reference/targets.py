@@ -13,14 +13,11 @@ __all__ = ["as_labels", "row_weights", "taken_share", "visible_share", "write_ta
 
 def taken_share(drawn: Draw, settings: Settings) -> Tensor:
     """The share of each token that comes from the partner, [B, Gh, Gw] float64."""
-    taken = drawn.mask.double()
-    rule, patch = MASK_RULES[settings.mask_type], settings.patch_size
-    if not rule.whole_tokens:
-        grid = (taken.shape[1], taken.shape[2])
-        for i, kind in enumerate(drawn.kind):
-            if kind == rule.kind:
-                taken[i] = coverage(drawn.rectangle[i], grid, patch) / (patch * patch)
-    return taken
+    patch = settings.patch_size
+    if MASK_RULES[settings.mask_type].whole_tokens:
+        return drawn.mask.double()
+    grid = (drawn.mask.shape[1], drawn.mask.shape[2])
+    return (torch.stack([coverage(own, grid, patch) for own in drawn.rectangle]) / (patch * patch)).double()
 
 
 def as_labels(labels: Tensor) -> Tensor:
@@ -41,17 +38,22 @@ def write_weights(
 
     Labels [B, K] beside maps of several classes have weights [B, 2, K], one for each class.
     """
-    weights = pool(evidence, labels, partner, taken_share(drawn, settings), visible)
     by_lam = {COPY, MIXUP}
     rule = MASK_RULES[settings.mask_type]
     if not rule.whole_tokens and evidence.maps is None and not settings.correct_lam and not settings.minmax:
         by_lam.add(rule.kind)
-    use_lam = torch.tensor([kind in by_lam for kind in drawn.kind], device=CPU)
-    lam = torch.tensor(drawn.lam, dtype=torch.float64, device=CPU) * 2.0**-16
-    both = torch.stack([lam, 1 - lam], 1)
+    use_lam = [kind in by_lam for kind in drawn.kind]
+    shares = [(lam * 2.0**-16, 1 - lam * 2.0**-16) for lam in drawn.lam]
+    both = torch.tensor(shares, dtype=torch.float64, device=CPU)
+    if evidence.maps is None and all(use_lam):
+        return both.float()
+    weights = pool(evidence, labels, partner, taken_share(drawn, settings), visible)
+    if not any(use_lam):
+        return weights.float()
+    chosen = torch.tensor(use_lam, device=CPU)
     if weights.dim() == 3:
-        return torch.where(use_lam[:, None, None], both[:, :, None], weights).float()
-    return torch.where(use_lam[:, None], both, weights).float()
+        return torch.where(chosen[:, None, None], both[:, :, None], weights).float()
+    return torch.where(chosen[:, None], both, weights).float()
 
 
 def row_weights(weights: Tensor, labels: Tensor, partner: Tensor) -> Tensor:
@@ -73,9 +75,14 @@ def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw,
     """
     classes, smoothing = settings.num_classes, settings.label_smoothing
     paper = {rule.kind for rule in MASK_RULES.values() if rule.as_in_paper}
-    tokens = torch.tensor([kind in paper for kind in drawn.kind], device=CPU)
-    tokens = tokens.view(-1, *[1] * (weights.dim() - 1))
-    raised = torch.where(tokens, weights - smoothing / 2, weights * (1 - smoothing))  # of the shape of weights
+    as_in_paper = [kind in paper for kind in drawn.kind]
+    if all(as_in_paper):
+        raised = weights - smoothing / 2  # of the shape of weights
+    else:
+        raised = weights * (1 - smoothing)
+        if any(as_in_paper):
+            tokens = torch.tensor(as_in_paper, device=CPU).view(-1, *[1] * (weights.dim() - 1))
+            raised = torch.where(tokens, weights - smoothing / 2, raised)
     rest = smoothing / (2 if settings.multi_label else classes)
     dense = torch.full((len(labels), classes), rest, dtype=torch.float32, device=CPU)
     if labels.dim() == 2:
