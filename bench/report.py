@@ -97,10 +97,27 @@ def count_table(record: dict[str, Any]) -> str:
             "" if per_class is None else f"{per_class:.3f}", f"{row['longest_warp_mean']:,.0f}",
         ])  # fmt: skip
     heads = ("K", "sm", "pixel programs", "target programs", "instructions per further class", "longest warp, mean")
+    attention = [
+        (
+            str(row["sm"]), str(row["launches"]), f"{row['read_bytes'] / 1024:,.0f}",
+            f"{row['written_bytes'] / 1024:,.0f}", f"{row['warp_instructions_per_image']:,.0f}", str(row["registers"]),
+            str(row["spills"]),
+        )
+        for row in record.get("attention", [])
+    ]  # fmt: skip
+    of_attention = (
+        "sm", "launches", "KiB to read", "KiB written", "warp instructions per image", "registers", "spills",
+    )  # fmt: skip
+    by_attention = (
+        "\n\n`attention_targets` for DeiT-S (B = 128, 196 patches, K = 1,000, attention in fp16):\n\n"
+        f"{markdown(of_attention, attention)}"
+        if attention
+        else ""
+    )
     return (
         "Counted, not timed; warp instructions are PTX instructions of one warp.\n\n"
         f"{text}\n\nAgainst the number of classes (fp16, warp instructions per image):\n\n"
-        f"{markdown(heads, by_classes)}"
+        f"{markdown(heads, by_classes)}{by_attention}"
     )
 
 
