@@ -117,8 +117,9 @@ def count(ptxsim: Any, counted: Counted, arch: int, samples: int, bar: Any) -> d
         same, off = difference(launch)
         exact, error = exact and same, max(error, off)
         if offset == 0:
-            few = launch_of(dataclasses.replace(case, batch=4))
-            races = len(ptxsim.run(compiled, few.grid, few.args, races="record").races)
+            few = launch_of(dataclasses.replace(case, batch=4))  # which is cut up in another way
+            code = ptxsim.compile_kernel(few.kernel, few.args, arch=arch, **few.options)
+            races = len(ptxsim.run(code, few.grid, few.args, races="record").races)
     count_of = len(longest)
     # What the pixel programs load beside pixels are 4-byte entries of the draw's tables.
     accesses = sorted({width for (kind, width), n in widths.items() if kind == "ld.global" and width != 4})
@@ -206,7 +207,7 @@ def main(asked: argparse.Namespace) -> None:
             found[table].append(count(ptxsim, counted, arch, masks, bar))
     record = {
         "kind": "counts",
-        "command": "python -m bench count --ptxsim DIR",
+        "command": "python -m bench count --ptxsim DIR" + (f" --samples {asked.samples}" if asked.samples else ""),
         "machine": describe(),
         "seconds": round(time.perf_counter() - started),
         "shape": [3, 224, 224],
