@@ -258,7 +258,7 @@ def test_bad_arguments_get_a_sentence(
     for name in ("imagenet", "timm:imagenet", "timm:web/x", "timm:wds"):
         with pytest.raises(SystemExit):
             parse(["--data", name])
-        assert f"argument --data: '{name}' is none of elpv, imagefolder" in capsys.readouterr().err
+        assert f"argument --data: '{name}' is none of elpv, digits, imagefolder" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
