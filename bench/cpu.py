@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from .baselines import IMPLEMENTATIONS, Implementation, ready
+from .beside_timm import beside_timm, large_results
 from .cases import CASES, Case, make_inputs
 from .machine import describe, described_case, write_csv, write_json
 
@@ -161,6 +162,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30, help="at most so many rounds")
     parser.add_argument("--seconds", type=float, default=90, help="no round starts later than this")
+    parser.add_argument("--timm-rounds", type=int, default=30, help="at most so many rounds beside timm's branches")
+    parser.add_argument("--loop-rounds", type=int, default=10, help="calls of a loop that mixes large batches")
     parser.add_argument("--no-memory", action="store_true", help="leave the measurement of memory out")
 
 
@@ -177,6 +180,8 @@ def main(asked: argparse.Namespace) -> None:
         for row in tqdm(rows, desc="memory"):
             if "wrong" not in row:
                 row["extra_memory"] = extra_memory(case, named[row["implementation"]], asked.threads)
+    branches = beside_timm(asked.timm_rounds, asked.seconds)
+    loops = [] if asked.no_memory else large_results(asked.loop_rounds)
     record = {
         "kind": "cpu",
         "command": "python -m bench cpu",
@@ -185,7 +190,9 @@ def main(asked: argparse.Namespace) -> None:
         "rounds": len(next(iter(seconds.values()))),
         "seconds": round(time.perf_counter() - started),
         "rows": rows,
+        "beside_timm": branches,
+        "large": loops,
     }
     write_json(asked.out, record)
-    write_csv(asked.out.with_suffix(".csv"), rows)
+    write_csv(asked.out.with_suffix(".csv"), [*rows, *branches, *loops])
     plot(record, asked.out.with_suffix(".png"))

@@ -46,7 +46,34 @@ def cpu_table(record: dict[str, Any]) -> str:
     case = record["case"]
     head = f"B = {case['batch']}, {case['channels']}x{case['height']}x{case['width']} {case['dtype']}"
     columns = ("", "call", "ms", "time / `clone()` (20 to 80 %)", "extra memory / input")
-    return f"{head}, medians of {record['rounds']} interleaved rounds.\n\n" + markdown(columns, rows)
+    text = f"{head}, medians of {record['rounds']} interleaved rounds.\n\n" + markdown(columns, rows)
+    parts = [text, timm_table(record["beside_timm"])] + ([large_table(record["large"])] if record["large"] else [])
+    return "\n\n".join(parts)
+
+
+def timm_table(branches: list[dict[str, Any]]) -> str:
+    """Our branches beside timm's counterparts."""
+    rows = []
+    for row in branches:
+        name = f"{'x'.join(map(str, row['shape']))}, {row['branch']}"
+        figures = [f"{row[key]:.2f}" for key in ("new_ms", "new_ratio", "in_place_ms", "in_place_ratio")]
+        rows.append([name, f"{row['timm_ms']:.2f} ({row['counterpart']})", *figures])
+    rounds = " and ".join(map(str, dict.fromkeys(row["rounds"] for row in branches)))
+    return (
+        f"Beside timm's branches, float32, one thread, CPU time: medians of {rounds} interleaved rounds. timm mixes in "
+        "place.\n\n" + markdown(("", "timm, ms", "new images, ms", "/ timm", "in place, ms", "/ timm"), rows)
+    )
+
+
+def large_table(loops: list[dict[str, Any]]) -> str:
+    """A token mix of a large batch, beside `clone()`."""
+    keys = ("first_ratio", "ratio_p50", "ratio_p80")
+    rows = [[row["before"], *(f"{row[key]:.2f}" for key in keys)] for row in loops]
+    return (
+        f"{'x'.join(map(str, loops[0]['shape']))} float32, tokens with targets, one thread, CPU time / `clone()`, in "
+        "new processes; churned: another process had just filled half of the free memory.\n\n"
+        + markdown(("", "first call", "in a loop, median", "80 %"), rows)
+    )
 
 
 def against(value: float, bar: float | None, text: str) -> str:
@@ -348,7 +375,9 @@ def summary(cpu: dict[str, Any], simulated: dict[str, Any]) -> str:
     ):
         ratios = [timed.get(implementation), *(models.get((case, card)) for card in cards)]
         rows.append([text, *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
-    return markdown(["", f"CPU, {cpu['machine']['threads']} threads, float32", *(f"{c}, float16" for c in cards)], rows)
+    text = markdown(["", f"CPU, {cpu['machine']['threads']} threads, float32", *(f"{c}, float16" for c in cards)], rows)
+    default = next(row for row in cpu["beside_timm"] if row["counterpart"] == "default")
+    return f"{text}\n\n`TokenMix()` takes {default['new_ratio']:.2f} of the CPU time of timm's default Mixup."
 
 
 def rebuilt(folder: Path) -> dict[Path, str]:
