@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -40,13 +41,12 @@ class Pictures(Dataset):
         return (image if self.transform is None else self.transform(image)), 100 * index
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
+@contextmanager
+def page():
     """A function that executes the blocks of a section, with what the page says is the reader's, and gives all names.
 
     What comes out of the mix is counted in `TokenMix` itself, by a hook of PyTorch.
     """
-    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     mixed = []
     hook = nn.modules.module.register_module_forward_hook(
@@ -72,6 +72,13 @@ def run(tmp_path, monkeypatch):
 
     yield execute
     hook.remove()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with page() as execute:
+        yield execute
 
 
 def needs(package):
@@ -169,11 +176,12 @@ def test_accelerate(run):
     assert len(run("accelerate")["mixed_batches"]) == 2
 
 
-def rank_of_ddp_and_fsdp2(rank, run, folder):
+def rank_of_ddp_and_fsdp2(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        names = run("DDP and FSDP2")
+        with page() as run:
+            names = run("DDP and FSDP2")
         assert len(names["mixed_batches"]) == 5 and names["loss"].isfinite()
         gradients = [parameter.grad.full_tensor() for parameter in names["parallel"].parameters()]
         # What all ranks made is what each has, and ranks draw masks of their own.
@@ -187,8 +195,9 @@ def rank_of_ddp_and_fsdp2(rank, run, folder):
         dist.destroy_process_group()
 
 
-def test_ddp_and_fsdp2(run, tmp_path):
-    mp.start_processes(rank_of_ddp_and_fsdp2, (run, tmp_path), nprocs=2, start_method="fork")
+def test_ddp_and_fsdp2(tmp_path):
+    # Spawned: autograd refuses to run in a fork of a process whose own autograd has started threads.
+    mp.spawn(rank_of_ddp_and_fsdp2, (tmp_path,), nprocs=2)
 
 
 def test_torch_compile(run, monkeypatch):

@@ -371,3 +371,17 @@ def test_a_model_behind_the_mix_trains():
     loss = torch.nn.functional.binary_cross_entropy_with_logits(model(out.flatten(1)), targets)
     loss.backward()
     assert model.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_sees_the_operator():
+    """Within a transform of torch.func, tensors have no memory that the reference could be given at once."""
+    images, labels = random_images((6, 3, 32, 48)).view(3, 2, 3, 32, 48), torch.tensor([1, 4])
+
+    def mix(two):
+        return tokenmix(two, labels, num_classes=5, patch_size=8, seed=3)[:2]
+
+    mixed, targets = torch.vmap(mix)(images)
+    for i, two in enumerate(images):
+        expected = mix(two)
+        assert torch.equal(mixed[i], expected[0]) and torch.equal(targets[i], expected[1])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import get_worker_info
 
@@ -205,7 +206,7 @@ def run(
         if in_place and settings.mean:
             raise ValueError("out must not be images where mean and std are given: only what moves is touched in place")
     module = dispatch.kernels() if at_once else named_backend(backend, images.device)
-    if backend == "auto" and not at_once and runs_at_once(images):
+    if module is None and runs_at_once(images):
         module = reference
     seed = as_seed(seed, generator, images.device)
 
@@ -279,21 +280,23 @@ MOST_PASSED = 1024
 
 
 def launches_at_once(images: Tensor) -> bool:
-    """Whether the kernels can be called without the operator: on a GPU, not traced, with nobody watching operators."""
-    return nobody_watches(images) and images.is_cuda
+    """Whether the kernels can be called without the operator."""
+    return images.is_cuda and nobody_watches(images)
 
 
 def runs_at_once(images: Tensor) -> bool:
-    """Whether the reference can be: the same on a CPU."""
-    return nobody_watches(images) and images.device.type == "cpu"
+    """Whether the reference can be called without the operator."""
+    return images.device.type == "cpu" and nobody_watches(images)
 
 
 def nobody_watches(images: Tensor) -> bool:
+    """Whether operators are only run: not traced, not seen by a mode or a subclass, not transformed (`torch.vmap`)."""
     return (
         type(images) is Tensor
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and _get_current_dispatch_mode() is None
+        and peek_interpreter_stack() is None
     )
 
 

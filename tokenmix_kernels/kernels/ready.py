@@ -75,10 +75,8 @@ class Relaunch:
         self.seed_on_device = arguments["seed_high"] is None
         self.labels_stride = arguments["pairs"].labels_stride
         self.numbers = arguments["evidence"][len(Evidence._fields) - 1 :]  # strides and sizes, behind the tensors
-        names = list(arguments)
-        # In the order of the kernel's parameters. What changes from launch to launch is not kept.
-        self.arguments = [None if name in CHANGING else argument for name, argument in arguments.items()]
-        self.places = [names.index(name) for name in CHANGING]
+        # In the order of the kernel's parameters. What changes from launch to launch is replaced, not kept.
+        self.arguments = arguments | dict.fromkeys(CHANGING)
         self.runner: Callable[..., None] = compiled[(*launch.grid, 1, 1)]
 
     @classmethod
@@ -114,11 +112,8 @@ class Relaunch:
         ):
             return False
         changing = (
-            images, out, Pairs(labels, self.labels_stride, partner),
-            EvidencePointers(*evidence[:-1], *self.numbers), mask, results, seed_low, seed_high, sample_offset,
+            images, out, Pairs(labels, self.labels_stride, partner), EvidencePointers(*evidence[:-1], *self.numbers),
+            mask, results, seed_low, seed_high, sample_offset,
         )  # fmt: skip
-        arguments = self.arguments.copy()
-        for place, argument in zip(self.places, changing, strict=True):
-            arguments[place] = argument
-        self.runner(*arguments)
+        self.runner(*(self.arguments | dict(zip(CHANGING, changing, strict=True))).values())
         return True

@@ -11,6 +11,16 @@ __all__ = ["write_targets"]
 
 
 @triton.jit
+def coverage(top, bottom, left, right, token, GRID: tl.constexpr):
+    """The pixels of each token that lie in a rectangle."""
+    P: tl.constexpr = GRID.P
+    y, x = (token // GRID.GW) * P, (token % GRID.GW) * P
+    rows = tl.maximum(tl.minimum(y + P, bottom) - tl.maximum(y, top), 0)
+    columns = tl.maximum(tl.minimum(x + P, right) - tl.maximum(x, left), 0)
+    return rows * columns
+
+
+@triton.jit
 def taken_share(drawn, TOKENS: tl.constexpr, GRID: tl.constexpr, RULE: tl.constexpr):
     """The share of each token that comes from the partner, [TOKENS] fp32; beyond the grid it means nothing."""
     P: tl.constexpr = GRID.P
@@ -22,10 +32,8 @@ def taken_share(drawn, TOKENS: tl.constexpr, GRID: tl.constexpr, RULE: tl.conste
         mine = tl.gather(line, tl.minimum(token // WORD_TOKENS, GRID.WORDS - 1), 0)
         share = ((mine >> (token % WORD_TOKENS).to(drawn.mask.dtype)) & 1).to(tl.float32)
     else:
-        y, x = (token // GW) * P, (token % GW) * P
-        rows = tl.maximum(tl.minimum(y + P, drawn.bottom) - tl.maximum(y, drawn.top), 0)
-        columns = tl.maximum(tl.minimum(x + P, drawn.right) - tl.maximum(x, drawn.left), 0)
-        share = (rows * columns).to(tl.float32) * (1.0 / (P * P))
+        covered = coverage(drawn.top, drawn.bottom, drawn.left, drawn.right, token, GRID)
+        share = covered.to(tl.float32) * (1.0 / (P * P))
     return share
 
 
@@ -35,10 +43,8 @@ def visible_share(erased, TOKENS: tl.constexpr, GRID: tl.constexpr):
     P: tl.constexpr = GRID.P
     token = tl.arange(0, TOKENS)
     top, bottom, left, right = rectangle(erased, 0, erased.top.shape[0])
-    y, x = (token // GRID.GW) * P, (token % GRID.GW) * P
-    rows = tl.maximum(tl.minimum(y + P, bottom) - tl.maximum(y, top), 0)
-    columns = tl.maximum(tl.minimum(x + P, right) - tl.maximum(x, left), 0)
-    return tl.where(token < GRID.GH * GRID.GW, (P * P - rows * columns).to(tl.float32) * (1.0 / (P * P)), 0.0)
+    visible = P * P - coverage(top, bottom, left, right, token, GRID)
+    return tl.where(token < GRID.GH * GRID.GW, visible.to(tl.float32) * (1.0 / (P * P)), 0.0)
 
 
 @triton.jit

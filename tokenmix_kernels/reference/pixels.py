@@ -129,9 +129,9 @@ class Mixer:
         self.spare: Tensor | None = None
 
     def alike(self, images: Tensor) -> bool:
-        """Whether all are large, have one draw and are written as they are, so that `Views` serve."""
-        direct = self.whole and (self.drawn.kind[0] != MIXUP or images.dtype == self.wide)
-        return direct and self.one_mask and is_large(images)
+        """Whether all are large, take the same pixels and are written as they are, so that `Views` serve."""
+        moves = self.drawn.kind[0] not in (COPY, MIXUP)
+        return moves and self.whole and self.one_mask and is_large(images)
 
     def finish(self, out: Tensor, mixed: Tensor) -> None:
         finish(out, mixed, self.shift, self.scale, self.of_bytes)
@@ -184,35 +184,30 @@ class Views:
     """The views of large images that all have one draw, made at once: of words for tokens, of the rectangle."""
 
     def __init__(self, mixer: Mixer, images: Tensor, out: Tensor) -> None:
-        self.kind, self.lam = mixer.drawn.kind[0], mixer.drawn.lam[0]
+        self.rectangle = mixer.drawn.kind[0] in RECTANGLES
         self.pairs = mixer.pairs
-        self.spare: Tensor | None = None
-        if self.kind == MIXUP:
-            self.spare = empty_images(images[:1], images.dtype)
-        elif self.kind in RECTANGLES:
+        self.whole, self.whole_out = images.split(1), out.split(1)
+        if self.rectangle:
             top, bottom, left, right = mixer.drawn.rectangle[0]
             inside = (..., slice(top, bottom), slice(left, right))
-            self.whole, self.whole_out = images.split(1), out.split(1)
             images, out = images[inside], out[inside]
-        elif mixer.tokens.word:
-            images, out = mixer.tokens.words(images), mixer.tokens.words(out)
-        if self.kind not in (COPY, MIXUP, *RECTANGLES):
+        else:
             self.mask = mixer.tokens.pixels(mixer.mask[:1])
+            if mixer.tokens.word:
+                images, out = mixer.tokens.words(images), mixer.tokens.words(out)
         self.own, self.out = images.split(1), out.split(1)
 
     def mix(self, i: int, others: Sequence[Tensor], j: int) -> None:
         """Mix sample i with others[j] into `out`, which may be the images."""
-        own, out = self.own[i], self.out[i]
-        if self.kind in RECTANGLES:
-            if self.whole_out[i].data_ptr() != self.whole[i].data_ptr():
-                self.whole_out[i].copy_(self.whole[i])
-            out.copy_(others[j])
-        elif self.kind == COPY or self.pairs[i] == i:
-            out.copy_(own)
-        elif self.kind == MIXUP:
-            blend(own, others[j], self.lam, out, self.spare)
+        alone = self.pairs[i] == i
+        if (alone or self.rectangle) and self.whole_out[i].data_ptr() != self.whole[i].data_ptr():
+            self.whole_out[i].copy_(self.whole[i])
+        if alone:
+            return
+        if self.rectangle:
+            self.out[i].copy_(others[j])
         else:
-            torch.where(self.mask, others[j], own, out=out)
+            torch.where(self.mask, others[j], self.own[i], out=self.out[i])
 
 
 def parts(kinds: list[int], pairs: list[int], size: int) -> Iterator[tuple[int, int]]:
@@ -246,7 +241,7 @@ def swap_pixels(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings
         views = Views(mixer, images, images)
         spare = torch.empty_like(views.own[0])
         for i, j in enumerate(mixer.pairs):
-            if i < j and views.kind != COPY:
+            if i < j:
                 spare.copy_(views.own[i])
                 views.mix(i, views.own, j)
                 views.mix(j, (spare,), 0)
