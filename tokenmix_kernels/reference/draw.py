@@ -135,16 +135,18 @@ def header(words: list[int], settings: Settings, plan: Plan, count: int) -> tupl
 
 def block_mask(seed: int, samples: Integers, tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
     """Rectangles of random area and aspect ratio until `tokens` [U] are masked, [U, G] bool."""
-    words = philox_words(seed, samples[:, None], np.arange(32), TRIES).tolist()
+    words: list[list[list[int]]] = [[]]
+    if len(samples) > 1:
+        words = philox_words(seed, samples[:, None], np.arange(32), TRIES).tolist()
     masks = [
-        union_of_rectangles(first_words, sample, seed, wanted, grid)
+        union_of_rectangles(dict(enumerate(first_words)), sample, seed, wanted, grid)
         for first_words, sample, wanted in zip(words, samples.tolist(), tokens, strict=True)
     ]
     return unpack(masks, grid[0] * grid[1])
 
 
-def union_of_rectangles(words: list[list[int]], sample: int, seed: int, tokens: int, grid: tuple[int, int]) -> int:
-    """The mask of one sample as an integer of G bits. `words` holds the Philox words of the first 32 draws.
+def union_of_rectangles(words: dict[int, list[int]], sample: int, seed: int, tokens: int, grid: tuple[int, int]) -> int:
+    """The mask of one sample as an integer of G bits. `words` holds the Philox words of draws that are known already.
 
     Tries go in windows of four, all against the tokens that are still to be masked; the first that fits is taken.
     Ten in a row that do not fit end it.
@@ -158,12 +160,9 @@ def union_of_rectangles(words: list[list[int]], sample: int, seed: int, tokens: 
     while covered < tokens and failed < 3:
         remaining = tokens - covered
         first, half_row = 4 * (window // 2), 2 * (window % 2)
-        if first == len(words):
-            more = np.arange(len(words), len(words) + 32)
-            words = words + philox_words(seed, np.array(sample), more, TRIES).tolist()
         failed += 1
         for j in range(4 if failed < 3 else 2):
-            row = words[first + j]
+            row = words.get(first + j) or words.setdefault(first + j, philox_one(seed, sample, first + j, TRIES))
             size_word, position_word = row[half_row], row[half_row + 1]
             area = smallest + (remaining - 1) * (size_word >> unused)
             factors = ratios[size_word & ((1 << RATIO_BITS) - 1)]
@@ -246,9 +245,9 @@ def cutmix_rectangle(words: list[int], lam: int, plan: Plan, minmax: bool, heigh
 def coverage(rectangle: Rectangle, grid: tuple[int, int], patch: int) -> Tensor:
     """Pixels of each token inside a rectangle, [Gh, Gw] int64, not to be changed."""
     top, bottom, left, right = rectangle
-    sides = zip(grid, (top, left), (bottom, right), strict=True)
     rows, columns = (
-        np.diff(np.clip(np.arange(count + 1, dtype=np.int64) * patch, low, high)) for count, low, high in sides
+        [max(min(place + patch, end) - max(place, start), 0) for place in range(0, count * patch, patch)]
+        for count, start, end in zip(grid, (top, left), (bottom, right), strict=True)
     )
     return torch.from_numpy(np.multiply.outer(rows, columns))
 

@@ -28,16 +28,18 @@ def blend(
 ) -> Tensor:
     """lam * own + (1 - lam) * other in fp32 (float64 for such images), each step rounded once.
 
-    `lam` is in units of 2**-16. Raw bytes are blended in integers, exactly. Into `out` where that is given; `spare` is
-    written, too.
+    `lam` is in units of 2**-16. Raw bytes are blended in integers, exactly. Into `out` where that is given, which may
+    be one of both; `spare` is written, too.
     """
     if own.dtype == torch.uint8:
         mixed = (lam * own.int() + (65536 - lam) * other.int()).to(torch.float32)
         return torch.mul(mixed, 2.0**-16, out=mixed if out is None else out)
     dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
     share = lam * 2.0**-16 if isinstance(lam, int) else lam.to(dtype) * 2.0**-16
-    mixed = torch.mul(own.to(dtype), share, out=out)
-    return mixed.add_(torch.mul(other.to(dtype), 1 - share, out=spare))
+    both = (own, share), (other, 1 - share)
+    (first, its_share), (second, rest) = both[::-1] if other is out else both
+    mixed = torch.mul(first.to(dtype), its_share, out=out)
+    return mixed.add_(torch.mul(second.to(dtype), rest, out=spare))
 
 
 def scales(settings: Settings, of_bytes: bool, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -73,6 +75,11 @@ def is_large(images: Tensor) -> bool:
     return 2 * images.numel() > AT_ONCE * len(images)
 
 
+def gather(images: Tensor, rows: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The images of these rows, into `out` where that is given; all of them as they lie where `rows` is None."""
+    return images if rows is None else torch.index_select(images, 0, rows, out=out)
+
+
 class Tokens:
     """How the tokens of images lie in memory, so that whole words of them are copied.
 
@@ -100,8 +107,8 @@ class Tokens:
     def pixels(self, mask: Tensor) -> Tensor:
         """A mask of tokens [n, Gh, Gw] as one of words [n, 1, H, *] (of pixels, for other strides)."""
         run = self.run // self.word if self.word else self.patch
-        lines = mask[..., None].expand(-1, -1, -1, run).flatten(2)
-        return lines[:, :, None].expand(-1, -1, self.patch, -1).flatten(1, 2)[:, None]
+        each = mask[:, None, :, None, :, None].expand(-1, -1, -1, self.patch, -1, run)
+        return each.reshape(len(mask), 1, mask.shape[1] * self.patch, -1)
 
     def select(self, mask: Tensor, own: Tensor, other: Tensor, out: Tensor) -> None:
         """out = mask ? other : own, for a mask of `pixels`."""
@@ -136,8 +143,8 @@ class Mixer:
     def finish(self, out: Tensor, mixed: Tensor) -> None:
         finish(out, mixed, self.shift, self.scale, self.of_bytes)
 
-    def mix(self, first: int, last: int, own: Tensor, other: Tensor, out: Tensor) -> None:
-        """Mix samples from `first` up to `last`; `out` may be `own`."""
+    def mix(self, first: int, last: int, own: Tensor, images: Tensor, rows: Tensor | None, out: Tensor) -> None:
+        """Mix samples from `first` up to `last` with the `rows` of images (None: with all); `out` may be `own`."""
         kind = self.kinds[first]
         if kind == COPY:
             self.finish(out, own)
@@ -149,17 +156,23 @@ class Mixer:
             direct = out.dtype == own.dtype == self.wide
             if direct and (self.spare is None or self.spare.shape != own.shape):
                 self.spare = empty_images(own, own.dtype)
+            other = gather(images, rows, out if direct else None)
             spare = self.spare if direct else None
             self.finish(out, blend(own, other, lam, out if out.dtype == self.wide else None, spare))
         elif kind in RECTANGLES:
             self.finish(out, own)
-            for i, (top, bottom, left, right) in enumerate(self.drawn.rectangle[first:last]):
-                part = (i, slice(None), slice(top, bottom), slice(left, right))
-                self.finish(out[part], other[part])
+            for (top, bottom, left, right), same in groupby(
+                range(last - first), self.drawn.rectangle[first:last].__getitem__
+            ):
+                members = list(same)
+                some, inside = slice(members[0], members[-1] + 1), (..., slice(top, bottom), slice(left, right))
+                other = gather(images[inside], rows if rows is None else rows[some])
+                self.finish(out[some][inside], other)
         else:
             if self.taken is None or not self.one_mask:
                 self.taken = self.tokens.pixels(self.mask[first : first + 1 if self.one_mask else last])
             mixed = out if self.whole else torch.empty_like(own)
+            other = gather(images, rows, None if out is own else mixed)
             self.tokens.select(self.taken, own, other, mixed)
             self.finish(out, mixed)
 
@@ -173,11 +186,13 @@ def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settin
             views.mix(i, views.own, mixer.pairs[i])
         return
     for first, last in parts(mixer.kinds, mixer.pairs, images.numel() // len(images)):
-        own, mixed, others = images[first:last], out[first:last], partner[first:last]
+        own, mixed = images[first:last], out[first:last]
         # One image is read where it lies; several are gathered, which are small.
-        j = mixer.pairs[first]
-        other = images[j : j + 1] if last - first == 1 else images.index_select(0, others.to(images.device))
-        mixer.mix(first, last, own, other, mixed)
+        if last - first == 1:
+            j = mixer.pairs[first]
+            mixer.mix(first, last, own, images[j : j + 1], None, mixed)
+        else:
+            mixer.mix(first, last, own, images, partner[first:last].to(images.device), mixed)
 
 
 class Views:
@@ -251,8 +266,8 @@ def swap_pixels(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings
         if i < j:
             own, other = images[i : i + 1], images[j : j + 1]
             before.copy_(own)
-            mixer.mix(i, i + 1, own, other, own)
-            mixer.mix(j, j + 1, other, before, other)
+            mixer.mix(i, i + 1, own, other, None, own)
+            mixer.mix(j, j + 1, other, before, None, other)
 
 
 def swap_small(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:

@@ -10,6 +10,8 @@ from .evidence import pool
 
 __all__ = ["as_labels", "row_weights", "taken_share", "visible_share", "write_targets", "write_weights"]
 
+PAPER = {rule.kind for rule in MASK_RULES.values() if rule.as_in_paper}
+
 
 def taken_share(drawn: Draw, settings: Settings) -> Tensor:
     """The share of each token that comes from the partner, [B, Gh, Gw] float64."""
@@ -43,13 +45,13 @@ def write_weights(
     if not rule.whole_tokens and evidence.maps is None and not settings.correct_lam and not settings.minmax:
         by_lam.add(rule.kind)
     use_lam = [kind in by_lam for kind in drawn.kind]
+    if not any(use_lam):
+        return pool(evidence, labels, partner, taken_share(drawn, settings), visible).float()
     shares = [(lam * 2.0**-16, 1 - lam * 2.0**-16) for lam in drawn.lam]
     both = torch.tensor(shares, dtype=torch.float64, device=CPU)
     if evidence.maps is None and all(use_lam):
         return both.float()
     weights = pool(evidence, labels, partner, taken_share(drawn, settings), visible)
-    if not any(use_lam):
-        return weights.float()
     chosen = torch.tensor(use_lam, device=CPU)
     if weights.dim() == 3:
         return torch.where(chosen[:, None, None], both[:, :, None], weights).float()
@@ -74,8 +76,7 @@ def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw,
     range adds nothing.
     """
     classes, smoothing = settings.num_classes, settings.label_smoothing
-    paper = {rule.kind for rule in MASK_RULES.values() if rule.as_in_paper}
-    as_in_paper = [kind in paper for kind in drawn.kind]
+    as_in_paper = [kind in PAPER for kind in drawn.kind]
     if all(as_in_paper):
         raised = weights - smoothing / 2  # of the shape of weights
     else:
@@ -90,6 +91,6 @@ def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw,
         dense.add_(own * labels).add_(other * labels[partner])
     else:
         pair = torch.stack([labels, labels[partner]], 1)
-        known = (pair >= 0) & (pair < classes)
-        dense.scatter_add_(1, pair.clamp(0, classes - 1), torch.where(known, raised, 0.0))
+        known = pair.clamp(0, classes - 1)
+        dense.scatter_add_(1, known, torch.where(known == pair, raised, 0.0))
     return dense.clamp_(max=1) if settings.clamp_targets else dense
