@@ -127,6 +127,8 @@ OTHERS = {
     "lines of one value, normalised": case(HALF, shape=(1, 4, 1), patch_size=1, mean=MEAN[:1], std=STD[:1]),
     "lines of one word, channels_last": case(shape=(4, 4, 1), patch_size=1, layout="channels_last"),
     "lines of one word in place": case(shape=(4, 4, 1), patch_size=1, layout="channels_last", in_place=True),
+    "lines of one byte, normalised": case(torch.uint8, shape=(1, 1, 1), patch_size=1, mean=MEAN[:1], std=STD[:1]),
+    "lines of two bytes, normalised": case(torch.uint8, shape=(1, 2, 2), patch_size=1, mean=MEAN[:1], std=STD[:1]),
     "float64": case(torch.float64, mixup_alpha=0.8, switch_prob=0.5),
     "own maps": case(maps="own", boxes="xyxy", partner=True),
     "own maps of a data set, bytes": case(maps="bytes", boxes="xyxy", ids=True, flips=True),

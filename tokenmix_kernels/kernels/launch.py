@@ -125,7 +125,8 @@ def launch_shape(
     rows = -(-grid_h // -(-grid_h // rows))
     programs = -(-grid_h // rows)
     pack = 8 // in_bytes if not converts and vec * in_bytes >= 8 else 1
-    cols = max(cols, 2 * pack)  # Triton cannot compile hints on a tile of one word
+    # Triton cannot compile hints on a tile of one word, nor `to_float` on one of fewer than four bytes.
+    cols = max(cols, 2 * pack, 4 if converts and in_bytes == 1 else 1)
     together = 1 if nhwc and out_bytes == 4 else 3  # what 64 registers hold
     # All programs that run at once ask for a fifth of the L2 cache: with more, it throws lines out before their use.
     ahead = 0
