@@ -1,11 +1,13 @@
 """The PTX simulator, which is no part of this project."""
 
+import functools
 import importlib
+import operator
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Simulator", "load_counter", "load_simulator"]
+__all__ = ["Simulator", "load_counter", "load_simulator", "read_exits"]
 
 
 class Simulator(NamedTuple):
@@ -28,6 +30,30 @@ def load_counter(folder: Path) -> Any:
     return importlib.import_module("ptxsim")
 
 
+def read_exits(sass: Any) -> None:
+    """Make the executor of machine code read the predicate of `EXIT P0`, which it takes for an `EXIT` of all threads.
+
+    It does read that of `@P1 EXIT`. Both together mean that threads leave for which both hold.
+    """
+    decode, predicate = sass.decode, sass.pred
+
+    def decode_all(ops: list[Any]) -> list[Any]:
+        for op in ops:
+            if op.name == "EXIT" and op.args:
+                if op.guard is not None:
+                    op.args.append(("!" if op.neg else "") + op.guard)
+                op.guard, op.neg = "PT", False
+        return list(decode(ops))
+
+    def predicate_of(op: Any, name: str, *rest: Any) -> Any:
+        if op.name != "EXIT" or not op.args:
+            return predicate(op, name, *rest)
+        terms = [predicate(op, term) for term in op.args]
+        return lambda machine: functools.reduce(operator.and_, [term(machine) for term in terms])
+
+    sass.decode, sass.pred = decode_all, predicate_of
+
+
 def load_simulator(folder: Path) -> Simulator:
     """Import the modules `ptxsim`, `ptxsim_sass` and `ptxsim_timing` of a folder.
 
@@ -36,6 +62,8 @@ def load_simulator(folder: Path) -> Simulator:
     """
     ptxsim = load_counter(folder)
     try:
-        return Simulator(ptxsim, importlib.import_module("ptxsim_sass"), importlib.import_module("ptxsim_timing"))
+        sass, timing = importlib.import_module("ptxsim_sass"), importlib.import_module("ptxsim_timing")
     except ImportError as error:
         raise SystemExit(f"`simulate` needs {error.name}: pip install {error.name}") from None
+    read_exits(sass)
+    return Simulator(ptxsim, sass, timing)

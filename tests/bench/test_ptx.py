@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from bench.cases import CASES, SIMULATED, Case
 from bench.launch import Launch, difference, expected, launch_of, programs_of
 from bench.ptx import count, growth_counts, simulate
 from bench.ptx.copies import Baseline, Baselines, baseline_of
-from bench.ptx.simulator import Simulator
+from bench.ptx.simulator import Simulator, read_exits
 
 TINY = CASES["tiny"]
 
@@ -122,10 +123,42 @@ def test_a_baseline_is_the_fastest_kernel_and_is_simulated_once(tmp_path: Path, 
     assert again.read() == {}  # of another simulator
 
 
+def instruction(name: str, guard: str | None, neg: bool, *args: str) -> Any:
+    return SimpleNamespace(name=name, guard=guard, neg=neg, args=list(args), text=name)
+
+
+@pytest.mark.parametrize(
+    ("exit_of", "leaves"),
+    [
+        (instruction("EXIT", None, False, "P0"), "P0"),
+        (instruction("EXIT", None, False, "!P0"), "!P0"),
+        (instruction("EXIT", "P1", True, "P0"), "P0 and !P1"),
+        (instruction("EXIT", "P1", False, "!P0"), "!P0 and P1"),
+        (instruction("EXIT", "P1", True), "!P1"),
+        (instruction("EXIT", None, False), "all"),
+    ],
+)
+def test_threads_leave_where_the_predicates_of_an_exit_hold(exit_of: Any, leaves: str) -> None:
+    values = {"P0": np.array([False, False, True, True]), "P1": np.array([False, True, False, True])}
+    values |= {"PT": np.ones(1, bool)} | {f"!{name}": ~value for name, value in values.items()}
+    sass = SimpleNamespace(decode=list, pred=lambda op, name: lambda machine: machine[name])
+    read_exits(sass)
+    (op,) = sass.decode([exit_of])
+    found = np.ones(4, bool)
+    if op.guard is not None:  # as the executor reads a guard
+        held = np.broadcast_to(sass.pred(op, op.guard)(values), (4,))
+        found = ~held if op.neg else held
+    right = np.ones(4, bool)
+    for term in leaves.split(" and ") if leaves != "all" else []:
+        right = right & values[term]
+    assert np.array_equal(found, right)
+
+
 def test_every_simulated_row_has_a_bar() -> None:
     names = [name for case in SIMULATED.values() for name in simulate.rows_of(case)]
     assert sorted(names) == sorted(simulate.BARS)
-    assert all(bar.aim <= bar.bar for bar in simulate.BARS.values())
+    assert all(bar.aim <= bar.bar for bar in simulate.BARS.values() if bar)
+    assert [name for name, bar in simulate.BARS.items() if bar is None] == ["uint8 to fp16, erasing"]
 
 
 def test_assumptions_change_what_they_say() -> None:
