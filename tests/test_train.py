@@ -75,7 +75,7 @@ def test_killed_and_resumed_run_of_two_processes_is_the_same_run(folder: Path, b
 
 
 def test_two_processes_draw_the_masks_of_one(folder: Path, tmp_path: Path) -> None:
-    settings = ["--max-steps", "3", "--epochs", "1", "--mixup", "0", "--aa", "none"]
+    settings = ["--max-steps", "3", "--epochs", "1", "--mixup", "0", "--aa", "none", "--reprob", "0"]
     masks: dict[int, list[torch.Tensor]] = {}
     for processes in (1, 2):
         output = tmp_path / str(processes)
@@ -156,6 +156,8 @@ def test_accumulated_steps_are_one_large_step(folder: Path, tmp_path: Path) -> N
                     "--epochs",
                     "1",
                     "--drop-path",
+                    "0",
+                    "--reprob",
                     "0",
                     "--opt",
                     "sgd",

@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenmix_kernels.settings import ERASE_MODES
+
 from .mixers import EVIDENCE, MIXERS, attention_ratio, check
 from .values import DATA, TIMM_DATA, checkpoint_flags, data_name, json_object
 
@@ -320,7 +322,14 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--scale", type=float, nargs=2, default=(0.08, 1.0), help="area of the random crop")
     group.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
     group.add_argument("--train-interpolation", default="bicubic")
-    group.add_argument("--reprob", type=float, default=0.25, help="random erasing probability")
+    group.add_argument(
+        "--reprob",
+        type=float,
+        default=0.25,
+        help="probability of random erasing, in the launch that mixes: of each image before it is mixed, normalised",
+    )
+    group.add_argument("--remode", choices=ERASE_MODES, default="pixel", help="what erased pixels become, as in timm")
+    group.add_argument("--recount", type=int, default=1, metavar="COUNT", help="rectangles that are erased, at most")
     group.add_argument("--eval-crop-ratio", type=float, default=0.875)
     return parser
 

@@ -18,7 +18,7 @@ FIXED = (
     "evidence", "attention_ratio", "maps", "teacher", "teacher_weights", "probe", "online", "teacher_size",
     "data", "train_split", "val_split", "num_classes", "train_num_samples", "val_num_samples", "data_kwargs",
     "holdout", "label_fraction", "skip_broken", "repeated_aug", "color_jitter", "aa", "scale", "hflip",
-    "train_interpolation", "reprob", "eval_crop_ratio", "in_memory", "shift_crops",
+    "train_interpolation", "reprob", "remode", "recount", "eval_crop_ratio", "in_memory", "shift_crops",
 )  # fmt: skip
 # Obeyed from the resumed step on; the rest of the run is the same up to rounding of another device.
 FREE = (

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tokenmix_kernels import TokenMix
+from tokenmix_kernels import RandomErasing, TokenMix
 from tokenmix_kernels.maps.weights import read_tensors, weights_of
 
 from .data import Data
@@ -117,6 +117,7 @@ def make_mixer(args: argparse.Namespace, data: Data, model: nn.Module) -> TokenM
         std=[255 * value for value in data.std],
         out_dtype=torch.bfloat16 if args.amp else torch.float32,
         return_mix=args.evidence == "attention",
+        erasing=RandomErasing(args.reprob, mode=args.remode, max_count=args.recount) if args.reprob else None,
     )
     mix.mixup_enabled = args.mixer != "none"
     return mix

@@ -84,8 +84,8 @@ def test_kept_images_train_and_validate(tmp_path: Path) -> None:
     [
         ((*PLAIN, "--shift-crops"), "give --in-memory at least --input-size 32"),
         ((*SHIFT, "--in-memory", "31"), "give --in-memory at least --input-size 32"),
-        ((*SHIFT, "--color-jitter", "0.3"), "is the only augmentation: give --color-jitter 0 with it"),
-        ((*SHIFT, "--aa", "rand-m9-mstd0.5-inc1"), "is the only augmentation: give --aa none with it"),
+        ((*SHIFT, "--color-jitter", "0.3"), "takes the place of --color-jitter: give 0 for it"),
+        ((*SHIFT, "--aa", "rand-m9-mstd0.5-inc1"), "takes the place of --aa: give none for it"),
     ],
 )
 def test_flags_that_do_not_go_with_shifted_crops_are_refused(

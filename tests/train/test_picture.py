@@ -36,7 +36,7 @@ def make_run(folder: Path, output: Path, mixer: str) -> Run:
     more = ["--mixer", mixer, *MIXERS[mixer], "--smoothing", "0.2", "--seed", "5", "--aa", "none"]
     if mixer == "tokenmix":
         more += ["--maps", str(make_bank(output / "maps.bank", ImageFolder(folder / "train")))]
-    return build(parse(tiny(folder, output, *more)))
+    return build(parse(tiny(folder, output, "--reprob", "0", *more)))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

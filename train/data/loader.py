@@ -99,7 +99,6 @@ class EpochLoader:
             color_jitter=args.color_jitter,
             auto_augment=None if args.aa == "none" else args.aa,
             interpolation=args.train_interpolation,
-            erasing=args.reprob,
             mean=data.mean,
             std=data.std,
         )

@@ -67,7 +67,7 @@ def make_shifted_crop(args: argparse.Namespace) -> ShiftedCrop | None:
         raise ValueError(
             f"--shift-crops cuts from kept images: give --in-memory at least --input-size {args.input_size}"
         )
-    for flag, off in (("aa", "none"), ("color_jitter", 0), ("reprob", 0)):
+    for flag, off in (("aa", "none"), ("color_jitter", 0)):
         if getattr(args, flag) != off:
-            raise ValueError(f"--shift-crops is the only augmentation: give --{flag.replace('_', '-')} {off} with it")
+            raise ValueError(f"--shift-crops takes the place of --{flag.replace('_', '-')}: give {off} for it")
     return ShiftedCrop(args.input_size, args.hflip)
