@@ -11,8 +11,8 @@ from train import checkpoint
 from train.config import parse
 from train.loop import train
 
-# What depends on the images of an update alone: no masks, nothing erased, no dropout. A large step, so that other images
-# are seen.
+# What depends on the images of an update alone: no masks, nothing erased, no dropout. A large step, so that other
+# images are seen.
 PLAIN = (
     "--mixer", "none", "--reprob", "0", "--drop-path", "0", "--opt", "sgd", "--lr", "0.05", "--warmup-epochs", "0",
     "--save-every", "2", "--clip-grad", "1",
