@@ -250,9 +250,7 @@ def simulated_table(record: dict[str, Any]) -> str:
         first = next(iter(mine.values()))
         right = all(row["images_and_masks_equal"] and row["target_error"] <= 1e-6 for row in mine.values())
         batch = "" if " B " in name else f", B {first['batch']}"
-        # Rows have had the hash of their machine code since 0.3.0.
-        old = "" if all("code" in row for row in mine.values()) else " (kernel of 0.2.0)"
-        line = [f"{name}{batch}, against a {'copy' if first['against'] == 'copy' else 'conversion kernel'}{old}"]
+        line = [f"{name}{batch}, against a {'copy' if first['against'] == 'copy' else 'conversion kernel'}"]
         for card in cards:
             if card not in mine:
                 line += ["", ""]

@@ -3,11 +3,13 @@
 import functools
 import importlib
 import operator
+import re
+import struct
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Simulator", "load_counter", "load_simulator", "read_exits"]
+__all__ = ["Simulator", "load_counter", "load_simulator", "read_exits", "read_literals"]
 
 
 class Simulator(NamedTuple):
@@ -54,6 +56,32 @@ def read_exits(sass: Any) -> None:
     sass.decode, sass.pred = decode_all, predicate_of
 
 
+def literals(cubin: bytes) -> bytes:
+    """The assembler's own constants, which the code reads as `c[0x2]`: a section of an ELF file of 64 bits."""
+    table, width, count, names = *struct.unpack_from("<Q", cubin, 40), *struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + n * width) for n in range(count)]
+    for name, _, _, _, start, size in sections:
+        at = sections[names][4] + name
+        if cubin[at : cubin.index(0, at)].startswith(b".nv.constant2"):
+            return cubin[start : start + size]
+    return b""
+
+
+def read_literals(sass: Any) -> None:
+    """Give the executor of machine code the 64-bit literals that it does not read, as immediate numbers."""
+    disassemble = sass.disassemble
+
+    def disassemble_all(cubin: bytes) -> list[Any]:
+        ops: list[Any] = disassemble(cubin)
+        for op in ops:
+            found = re.fullmatch(r"c\[0x2\]\[(0x[0-9a-f]+)\]", op.args[-1]) if op.args else None
+            if found and op.name == "IMAD" and "WIDE" in op.mods:  # whose last operand has 64 bits
+                op.args[-1] = hex(*struct.unpack_from("<Q", literals(cubin), int(found[1], 16)))
+        return ops
+
+    sass.disassemble = disassemble_all
+
+
 def load_simulator(folder: Path) -> Simulator:
     """Import the modules `ptxsim`, `ptxsim_sass` and `ptxsim_timing` of a folder.
 
@@ -66,4 +94,5 @@ def load_simulator(folder: Path) -> Simulator:
     except ImportError as error:
         raise SystemExit(f"`simulate` needs {error.name}: pip install {error.name}") from None
     read_exits(sass)
+    read_literals(sass)
     return Simulator(ptxsim, sass, timing)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from bench.cases import CASES, SIMULATED, Case
 from bench.launch import Launch, difference, expected, launch_of, programs_of
 from bench.ptx import count, growth_counts, simulate
 from bench.ptx.copies import Baseline, Baselines, baseline_of
-from bench.ptx.simulator import Simulator, read_exits
+from bench.ptx.simulator import Simulator, read_exits, read_literals
 
 TINY = CASES["tiny"]
 
@@ -152,6 +153,30 @@ def test_threads_leave_where_the_predicates_of_an_exit_hold(exit_of: Any, leaves
     for term in leaves.split(" and ") if leaves != "all" else []:
         right = right & values[term]
     assert np.array_equal(found, right)
+
+
+def elf_of(data: bytes) -> bytes:
+    """An ELF file of 64 bits whose section `.nv.constant2.mix` has `data`."""
+    names = b"\0.text\0.nv.constant2.mix\0.shstrtab\0"
+    sections = [(0, 0, 0), (1, 64, 0), (7, 64, len(data)), (25, 64 + len(data), len(names))]
+    table = b"".join(struct.pack("<IIQQQQ24x", name, 1, 0, 0, start, size) for name, start, size in sections)
+    head = struct.pack("<40xQ10x3H", 64 + len(data) + len(names), 64, len(sections), 3)
+    return head + data + names + table
+
+
+def test_literals_of_64_bits_become_immediate_numbers() -> None:
+    def disassemble(cubin: bytes) -> list[Any]:
+        wide = instruction("IMAD", None, False, "R2", "R4", "R6", "c[0x2][0x8]")
+        narrow = instruction("IMAD", None, False, "R2", "R4", "R6", "c[0x2][0x8]")
+        argument = instruction("IMAD", None, False, "R2", "R4", "R6", "c[0x0][0x8]")
+        wide.mods, narrow.mods, argument.mods = ["WIDE", "U32"], [], ["WIDE"]
+        return [wide, narrow, argument, instruction("EXIT", None, False)]
+
+    sass = SimpleNamespace(disassemble=disassemble)
+    read_literals(sass)
+    wide, narrow, argument, _ = sass.disassemble(elf_of(struct.pack("<2Q", 5, 1 << 40)))
+    assert int(wide.args[-1], 16) == 1 << 40
+    assert (narrow.args[-1], argument.args[-1]) == ("c[0x2][0x8]", "c[0x0][0x8]")  # as the executor has them
 
 
 def test_every_simulated_row_has_a_bar() -> None:
