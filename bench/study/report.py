@@ -96,9 +96,8 @@ def introduction(summary: dict[str, Any]) -> str:
     so_far = f" {unfinished} more runs of the plan are not finished and are left out." if unfinished else ""
     tasks = "\n".join(f"* {about(name, task)}" for name, task in summary["tasks"].items())
     return (
-        f"Small vision transformers, trained from scratch with {' or '.join(summary['loss'])}, label smoothing and "
-        "weak augmentation (shifted crops, and flips where they keep the class), on few "
-        f"labels and for long, where the plain model overfits the most:\n\n{tasks}\n\n"
+        f"Small vision transformers, trained from scratch with {' or '.join(summary['loss'])} and label smoothing:\n\n"
+        f"{tasks}\n\n{memorised(summary)}"
         "Every mixer was used alone: on every batch, without a Mixup branch. The weights were chosen on held-out "
         "training images; the test images were used once, after that. "
         f"{runs['finished']} of {runs['planned']} planned runs are finished; they took {hours(summary['seconds'])} of "
@@ -106,13 +105,41 @@ def introduction(summary: dict[str, Any]) -> str:
     )
 
 
+def memorised(summary: dict[str, Any]) -> str:
+    """How far the baseline fits its training images, which says whether there is anything to regularise."""
+    baseline, parts = summary["baseline"], []
+    for task in summary["tasks"]:
+        plain = [
+            setting["mixers"][baseline]["last_train_top1"]["mean"]
+            for setting in summary["settings"]
+            if setting["task"] == task and baseline in setting["mixers"]
+        ]
+        if plain:
+            span = f"{min(plain):.1f} %" if len(plain) == 1 else f"{min(plain):.1f} to {max(plain):.1f} %"
+            parts.append(f"{span} on {task}")
+    if not parts:
+        return ""
+    return f"Top-1 on the training images at the end of training with {baseline}: {', '.join(parts)}. "
+
+
+def augmentation(task: dict[str, Any]) -> str:
+    """What changes an image of a task besides mixing."""
+    spare = (task["in_memory"] or 0) - task["input_size"]
+    if not task["shift_crops"]:
+        return "random crops that are resized"
+    done = [f"crops shifted by {spare} pixels at most"] if spare > 0 else []
+    done += ["flips"] if task["hflip"] else []
+    return " and ".join(done) or "no augmentation"
+
+
 def about(name: str, task: dict[str, Any]) -> str:
     """A data set and its model in a sentence."""
     shape = ", ".join(f"{key} {value}" for key, value in (task["model_kwargs"] or {}).items())
     return (
         f"{name}: {SETS.get(task['data'], task['data'])}, {task['classes']} classes, at "
-        f"{task['input_size']}x{task['input_size']} pixels; `{task['model']}` ({shape}), batches of "
-        f"{task['batch_size']}; {task['images']['held_out']} images held out, {task['images']['test']} for the test"
+        f"{task['input_size']}x{task['input_size']} pixels; `{task['model']}` ({shape}), {augmentation(task)}, "
+        f"{task['opt']} with a learning rate of {task['lr']:g}, batches of {task['batch_size']}; "
+        f"{task['images']['held_out']} images held out, {task['images']['test']} for the test"
     )
 
 

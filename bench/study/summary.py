@@ -14,6 +14,7 @@ from train import files
 from .plan import Plan, Spec
 from .result import compact, rounded
 from .runner import finished
+from .worker import SHOWN
 
 __all__ = ["MEASURES", "interval", "load_summary", "save_summary", "summarise"]
 
@@ -172,7 +173,7 @@ def about(run: dict[str, Any]) -> dict[str, Any]:
     """What all runs of a task share."""
     labels = run["test_labels"]
     return {
-        **{key: run["args"][key] for key in ("data", "model", "model_kwargs", "input_size", "batch_size")},
+        **{key: run["args"][key] for key in SHOWN if key not in ("bce_loss", "smoothing")},
         "images": {key: run["images"][key] for key in ("held_out", "test")},
         "classes": run["classes"],
         "largest_class": 100 * max(Counter(labels).values()) / len(labels),

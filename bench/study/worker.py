@@ -37,7 +37,10 @@ BUSY = 75  # exit status: another process works on this run
 EVALUATIONS = 10  # of a run on the held-out images
 PROBED = 0.25  # of the training images, by the teacher whose maps say where the evidence of test images is
 DIGITS = string.digits + string.ascii_lowercase
-SHOWN = ("data", "model", "model_kwargs", "input_size", "bce_loss", "batch_size")
+SHOWN = (
+    *("data", "model", "model_kwargs", "input_size", "in_memory", "shift_crops", "hflip"),
+    *("bce_loss", "smoothing", "opt", "lr", "batch_size"),
+)
 
 
 @contextmanager
