@@ -10,8 +10,9 @@ __all__ = ["accuracy_plot", "curves_plot", "occlusion_plot"]
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; the baseline is black.
 COLOURS = ("#000000", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DODGE = 1.04  # factor between neighbouring mixers' places on the axis of epochs, so that ranges do not overlap
-SHIFT = 0.9  # of neighbouring mixers on the axis of blanked tokens, in percent
+DODGE = 1.02  # factor between neighbouring mixers' places on the axis of epochs, so that ranges do not overlap
+ORDERS = {"random": "random tokens", "evidence": "most evidence first"}
+SHIFT = 0.5  # of neighbouring mixers on the axis of blanked tokens, in percent
 
 
 def style(summary: dict[str, Any], mixer: str) -> dict[str, Any]:
@@ -143,37 +144,38 @@ def longest_of(settings: list[dict[str, Any]]) -> dict[str, Any]:
 def occlusion_plot(summary: dict[str, Any], path: Path) -> None:
     """Top-1 against the share of blanked tokens, for each share of labels at its longest training."""
     groups = panels(summary)
-    pyplot, figure, axes = canvas(2, len(groups), 6.4)
+    shown = [longest_of(settings) for settings in groups.values()]
+    drawn = {order for setting in shown for figures in setting["mixers"].values() for order in figures["occlusion"]}
+    orders = [(order, title) for order, title in ORDERS.items() if order in drawn]
+    pyplot, figure, axes = canvas(len(orders), len(groups), 1.2 + 2.6 * len(orders))
     for row in axes:
         share_scale(row, groups)
-    for column, (title, settings) in enumerate(groups.items()):
-        longest = longest_of(settings)
+    for column, (title, longest) in enumerate(zip(groups, shown, strict=True)):
         axes[0, column].set_title(f"{title.splitlines()[0]}, {longest['epochs']} epochs", fontsize=10)
-        axes[1, column].set_xlabel("blanked tokens, %")
-        for row, order in enumerate(("random", "evidence")):
-            ax = axes[row, column]
-            if not any(order in figures["occlusion"] for figures in longest["mixers"].values()):
-                ax.set_axis_off()
-                continue
-            ax.axhline(
-                summary["tasks"][longest["task"]]["largest_class"],
-                color="#888888",
-                linestyle=":",
-                linewidth=1.2,
-                zorder=1,
-            )
-            for mixer, figures in longest["mixers"].items():
-                shift = SHIFT * (summary["mixers"].index(mixer) - (len(summary["mixers"]) - 1) / 2)
-                shares = [100 * share + shift for share in figures["occlusion"]["shares"]]
-                tops = list(zip(*figures["occlusion"][order], strict=True))  # [shares][seeds]
-                look = style(summary, mixer)
-                ax.plot(shares, [sum(top) / len(top) for top in tops], markersize=4, linewidth=1.2, **look)
-                ax.vlines(shares, [*map(min, tops)], [*map(max, tops)], color=look["color"], linewidth=1)
-            ax.set_xticks(range(0, 101, 20))
-    axes[0, 0].set_ylabel("random tokens\ntest top-1, %")
-    axes[1, 0].set_ylabel("most evidence first\ntest top-1, %")
+        axes[-1, column].set_xlabel("blanked tokens, %")
+        for ax, (order, _) in zip(axes[:, column], orders, strict=True):
+            draw_occlusion(ax, summary, longest, order)
+    for ax, (_, title) in zip(axes[:, 0], orders, strict=True):
+        ax.set_ylabel(f"{title}\ntest top-1, %")
     legend(summary, pyplot, figure)
     note = "mean of the seeds, with a line from the lowest to the highest; dotted: always guessing the largest class"
     figure.supxlabel(note, fontsize=8, color="#555555")
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def draw_occlusion(ax: Any, summary: dict[str, Any], setting: dict[str, Any], order: str) -> None:
+    """One panel of `occlusion_plot`, or nothing where the setting has no tokens blanked in this order."""
+    if not any(order in figures["occlusion"] for figures in setting["mixers"].values()):
+        ax.set_axis_off()
+        return
+    guessed = summary["tasks"][setting["task"]]["largest_class"]
+    ax.axhline(guessed, color="#888888", linestyle=":", linewidth=1.2, zorder=1)
+    for mixer, figures in setting["mixers"].items():
+        shift = SHIFT * (summary["mixers"].index(mixer) - (len(summary["mixers"]) - 1) / 2)
+        shares = [100 * share + shift for share in figures["occlusion"]["shares"]]
+        tops = list(zip(*figures["occlusion"][order], strict=True))  # [shares][seeds]
+        look = style(summary, mixer)
+        ax.plot(shares, [sum(top) / len(top) for top in tops], markersize=4, linewidth=1.2, **look)
+        ax.vlines(shares, [*map(min, tops)], [*map(max, tops)], color=look["color"], linewidth=1)
+    ax.set_xticks(range(0, 101, 20))

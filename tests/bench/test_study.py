@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from timm.optim import create_optimizer_v2
 from train_helpers import make_folder, tiny
 
 from bench.study import runner, worker
@@ -311,6 +312,23 @@ def test_selection_reads_held_out_images_only_and_a_killed_run_goes_on(
     assert not (work / spec.name).exists()
 
 
+def test_muon_orthogonalises_in_fp32_in_a_run_only() -> None:
+    # Equal but for the rounding of bfloat16, and as it was afterwards.
+    gradient = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+
+    def updated() -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.zeros(8, 16))
+        weight.grad = gradient.clone()
+        create_optimizer_v2([weight], opt="muon", lr=1.0, weight_decay=0.0).step()
+        return weight.detach()
+
+    in_bfloat16 = updated()
+    with worker.exact_muon():
+        in_fp32 = updated()
+    assert 0 < (in_fp32 - in_bfloat16).norm() < 0.05 * in_fp32.norm()
+    assert torch.equal(updated(), in_bfloat16)
+
+
 def test_intervals_are_student_s() -> None:
     values = [71.0, 76.0, 75.0, 70.5]
     expected = stats.t.interval(0.95, 3, stats.tmean(values), stats.sem(values))
@@ -370,7 +388,7 @@ def test_the_page_counts_and_shows_what_the_figures_are(tmp_path: Path) -> None:
     assert "8 of 12 planned runs are finished; they took 8 minutes" in text
     # The mean of 80, 82 and 84, and no figure of the setting without `none`.
     assert "Top-1 on the training images at the end of training with none: 82.0 % on small. " in text
-    assert "crops shifted by 1 pixels at most and flips, adamw with a learning rate of 0.001, batches of 2" in text
+    assert "crops shifted by 1 pixels at most and flips, AdamW with a learning rate of 0.001, batches of 2" in text
     assert "Top-1 is higher with a mixer than with none in 1 of 2 comparisons" in text
     assert (
         "the best of them is Mixup on small, 50 % of the labels, 10 epochs: +2.0 points with 3 seeds, [-2.3, +6.3]"
