@@ -140,7 +140,7 @@ def test_the_studys_mixers_differ_in_masks_and_evidence_only() -> None:
     own = {"mixer", "evidence", "maps"}
     for spec in plan.specs:
         args = parse(list(spec.flags))
-        assert (args.bce_loss, args.smoothing, args.mixup_prob) == (True, 0.1, 1.0)
+        assert (args.bce_loss, args.smoothing, args.mixup_prob) == (False, 0.1, 1.0)
         assert args.mixup == 0 or args.mixer in ("mixup", "none", "cutmix"), "no second branch"
         plain = next(s for s in plan.specs if s.setting == spec.setting and s.seed == spec.seed and s.mixer == "none")
         other = vars(parse(list(plain.flags)))
