@@ -58,7 +58,7 @@ def panels(summary: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def share_scale(axes: Any, groups: dict[str, list[dict[str, Any]]]) -> None:
-    """One vertical scale for all panels of a task."""
+    """One vertical scale for all panels of a task; before anything is drawn, as the scale is then that of all."""
     first: dict[str, Any] = {}
     for ax, settings in zip(axes, groups.values(), strict=True):
         task = settings[0]["task"]
@@ -76,9 +76,9 @@ def accuracy_plot(summary: dict[str, Any], path: Path) -> None:
     groups = panels(summary)
     pyplot, figure, axes = canvas(2, len(groups), 6.4)
     for row, measure in enumerate(("top1", "last_train_top1")):
+        share_scale(axes[row], groups)
         for ax, settings in zip(axes[row], groups.values(), strict=True):
             draw_accuracy(ax, summary, settings, measure)
-        share_scale(axes[row], groups)
     for column, title in enumerate(groups):
         axes[0, column].set_title(title, fontsize=10)
         axes[1, column].set_xlabel("epochs of training")
@@ -120,6 +120,7 @@ def curves_plot(summary: dict[str, Any], path: Path) -> None:
     """Accuracy on the held-out images in the course of the longest training of each task and share of labels."""
     groups = panels(summary)
     pyplot, figure, axes = canvas(1, len(groups), 3.9)
+    share_scale(axes[0], groups)
     for ax, (title, settings) in zip(axes[0], groups.items(), strict=True):
         longest = longest_of(settings)
         for mixer, figures in longest["mixers"].items():
@@ -129,7 +130,6 @@ def curves_plot(summary: dict[str, Any], path: Path) -> None:
             ax.plot(runs[0]["epochs"], [sum(top) / len(top) for top in tops], markersize=4, linewidth=1.2, **look)
         ax.set_title(f"{title.splitlines()[0]}, {longest['epochs']} epochs", fontsize=10)
         ax.set_xlabel("epoch")
-    share_scale(axes[0], groups)
     axes[0, 0].set_ylabel("held-out top-1, %")
     legend(summary, pyplot, figure)
     figure.savefig(path, dpi=150, metadata={"Software": None})
@@ -152,16 +152,21 @@ def occlusion_plot(summary: dict[str, Any], path: Path) -> None:
         share_scale(row, groups)
     for column, (title, longest) in enumerate(zip(groups, shown, strict=True)):
         axes[0, column].set_title(f"{title.splitlines()[0]}, {longest['epochs']} epochs", fontsize=10)
-        axes[-1, column].set_xlabel("blanked tokens, %")
         for ax, (order, _) in zip(axes[:, column], orders, strict=True):
             draw_occlusion(ax, summary, longest, order)
-    for ax, (_, title) in zip(axes[:, 0], orders, strict=True):
-        ax.set_ylabel(f"{title}\ntest top-1, %")
+        [*filter(has_axes, axes[:, column])][-1].set_xlabel("blanked tokens, %")
+    for row, (_, title) in zip(axes, orders, strict=True):
+        next(filter(has_axes, row)).set_ylabel(f"{title}\ntest top-1, %")
     legend(summary, pyplot, figure)
     note = "mean of the seeds, with a line from the lowest to the highest; dotted: always guessing the largest class"
     figure.supxlabel(note, fontsize=8, color="#555555")
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def has_axes(ax: Any) -> bool:
+    """Whether a panel was drawn."""
+    return bool(ax.axison)
 
 
 def draw_occlusion(ax: Any, summary: dict[str, Any], setting: dict[str, Any], order: str) -> None:
