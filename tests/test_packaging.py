@@ -43,7 +43,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     backend = "import sys; from setuptools import build_meta as b; getattr(b, sys.argv[1])(sys.argv[2])"
     run(sys.executable, "-c", backend, "build_sdist", folder, cwd=copy)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        archive.extractall(folder, filter="data")
+        # Python before 3.10.12 and 3.11.4 has no filters.
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     unpacked = folder / f"tokenmix_kernels-{__version__}"
     run(sys.executable, "-c", backend, "build_wheel", folder, cwd=unpacked)
     return unpacked, next(folder.glob("*.whl"))
