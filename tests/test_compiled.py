@@ -150,8 +150,7 @@ OTHERS = {
     "wide": case(shape=(4, 32, 512), mode="elem"),
 }
 
-# A compilation takes seconds. All are made for sm_90, every second for sm_80 and all whose figures are published, and
-# these for the others.
+# A compilation takes seconds. All are made for the two cards whose figures are published, and these for the others.
 FOR_OTHER_TARGETS = (
     "fp16", "fp32", "uint8 to fp16", "uint8 channels_last to fp16", "fp16 channels_last in place", "mixup and block",
     "mixup and cutmix, as timm", "one pixel wide, batch stride 1", "lines of one value", "affines", "top-k maps",
@@ -160,12 +159,12 @@ FOR_OTHER_TARGETS = (
 
 
 def on_targets(names: Iterable[str], *targets: str) -> pytest.MarkDecorator:
-    """`name` and `target` of a test, on the targets that are given or on all."""
+    """`name` and `target` of a test: all names on sm_80 and sm_90, or on the targets that are given, some elsewhere."""
     pairs = [
         (name, target)
         for target in targets or TARGETS
-        for n, name in enumerate(names)
-        if target == "sm_90" or name in FOR_OTHER_TARGETS or (target == "sm_80" and (name in MOVES or n % 2))
+        for name in names
+        if target in ("sm_80", "sm_90") or name in FOR_OTHER_TARGETS
     ]
     return pytest.mark.parametrize(("name", "target"), pairs, indirect=["target"])
 

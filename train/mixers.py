@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from tokenmix_kernels.erasing import MOST_RECTANGLES
+
 __all__ = [
     "EVIDENCE", "LITE0", "MIXERS", "PROGRESSIVE", "MixerRecipe", "attention_ratio", "cell_of", "check", "evidence_of",
     "ratio_of", "teacher_of",
@@ -117,6 +119,17 @@ def evidence_of(args: argparse.Namespace) -> str:
     return "teacher" if args.teacher or (teacher_of(args) and args.mixer == "tokenmix") else "area"
 
 
+def check_erasing(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for flags of random erasing that are out of range or would have no effect."""
+    if not 0 <= args.reprob <= 1:
+        raise ValueError(f"--reprob must be a probability in [0, 1], got {args.reprob}")
+    if not 1 <= args.recount <= MOST_RECTANGLES:
+        raise ValueError(f"--recount must be in [1, {MOST_RECTANGLES}], got {args.recount}")
+    for name in ("remode", "recount"):
+        if name in given and args.reprob == 0:
+            raise ValueError(f"--{name} is for --reprob above 0, and nothing is erased here")
+
+
 def check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """Raise ValueError for the first of the mixing flags that contradict each other, or would have no effect.
 
@@ -125,6 +138,7 @@ def check(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         given: those of the command line.
     """
     mixer, evidence = MIXERS[args.mixer], args.evidence
+    check_erasing(args, given)
     if "mask_type" in given and args.mixer != "tokenmix":
         masks = f"has masks of its own ({mixer.mask_type})" if mixer.masks else "has no masks"
         raise ValueError(f"--mask-type is for --mixer tokenmix; --mixer {args.mixer} {masks}")

@@ -82,6 +82,7 @@ def read_literals(sass: Any) -> None:
     sass.disassemble = disassemble_all
 
 
+@functools.cache
 def load_simulator(folder: Path) -> Simulator:
     """Import the modules `ptxsim`, `ptxsim_sass` and `ptxsim_timing` of a folder.
 

@@ -7,7 +7,7 @@ from fuzz import difference, some_case
 if missing("interpreter") and missing("gpu"):
     pytest.skip(f"{missing('interpreter')}, or {missing('gpu')}", allow_module_level=True)
 
-CASES = 40
+CASES = 60
 
 
 @pytest.mark.devices("interpreter", "gpu")

@@ -257,8 +257,7 @@ def test_parts(device, mask_type):
     assert_close(weights, pool_targets(**given, backend="reference"))
 
 
-@pytest.mark.interpreter_takes(every=2)
-@pytest.mark.parametrize("classes", [1, 2, 3, 4, 9, 6, 1025, 5000])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 6, 9, 1025, 5000])
 def test_target_rows_of_any_width(device, classes):
     """All pairs of labels near the ends of a row and in one four; rows begin anywhere between 16-byte borders."""
     near = sorted({label for label in (0, 3, classes - 2, classes - 1) if 0 <= label < classes})

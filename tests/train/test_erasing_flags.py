@@ -24,8 +24,8 @@ def arguments(tmp_path: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("mode", MODES)
 def test_images_are_erased_where_they_are_mixed_as_the_flags_say(tmp_path: Path, mode: str) -> None:
     plain, erasing = (
-        parse(arguments(tmp_path, "--mixer", "none", "--reprob", share, "--remode", mode, "--recount", "3"))
-        for share in ("0", "1")
+        parse(arguments(tmp_path, "--mixer", "none", *flags))
+        for flags in (("--reprob", "0"), ("--reprob", "1", "--remode", mode, "--recount", "3"))
     )
     data = load_data(erasing)
     mixers = [make_mixer(args, data, make_model(args, len(data.classes))) for args in (plain, erasing)]
@@ -37,6 +37,24 @@ def test_images_are_erased_where_they_are_mixed_as_the_flags_say(tmp_path: Path,
     assert (share > 0.01).all() and (share < 0.4).all() and len(set(share.tolist())) > 4
     assert MODES[mode](erased.movedim(1, -1)[gone])
     assert torch.equal(mixers[1].eval()(images, labels, seed=3)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--reprob", "1.5"), "--reprob must be a probability in [0, 1], got 1.5"),
+        (("--recount", "0"), "--recount must be in [1, 16], got 0"),
+        (("--recount", "17"), "--recount must be in [1, 16], got 17"),
+        (("--reprob", "0", "--remode", "rand"), "--remode is for --reprob above 0"),
+        (("--reprob", "0", "--recount", "2"), "--recount is for --reprob above 0"),
+    ],
+)
+def test_flags_out_of_range_or_without_effect_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments(tmp_path, *flags))
+    assert said in capsys.readouterr().err
 
 
 def test_the_loader_erases_nothing(tmp_path: Path) -> None:

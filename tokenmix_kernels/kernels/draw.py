@@ -322,6 +322,16 @@ def cutmix_rectangle(key, sample, lam, plan, GRID: tl.constexpr, RULE: tl.conste
 
 
 @triton.jit
+def coverage(top, bottom, left, right, token, GRID: tl.constexpr):
+    """The pixels of each token that lie in a rectangle."""
+    P: tl.constexpr = GRID.P
+    y, x = (token // GRID.GW) * P, (token % GRID.GW) * P
+    rows = tl.maximum(tl.minimum(y + P, bottom) - tl.maximum(y, top), 0)
+    columns = tl.maximum(tl.minimum(x + P, right) - tl.maximum(x, left), 0)
+    return rows * columns
+
+
+@triton.jit
 def draw(
     seed,
     seed_high,

@@ -3,21 +3,12 @@
 import triton
 import triton.language as tl
 
+from .draw import coverage
 from .erasing import chosen, rectangle
 from .evidence import pool
 from .groups import CONST
 
 __all__ = ["write_targets"]
-
-
-@triton.jit
-def coverage(top, bottom, left, right, token, GRID: tl.constexpr):
-    """The pixels of each token that lie in a rectangle."""
-    P: tl.constexpr = GRID.P
-    y, x = (token // GRID.GW) * P, (token % GRID.GW) * P
-    rows = tl.maximum(tl.minimum(y + P, bottom) - tl.maximum(y, top), 0)
-    columns = tl.maximum(tl.minimum(x + P, right) - tl.maximum(x, left), 0)
-    return rows * columns
 
 
 @triton.jit

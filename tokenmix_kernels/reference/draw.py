@@ -135,7 +135,7 @@ def header(words: list[int], settings: Settings, plan: Plan, count: int) -> tupl
 
 def block_mask(seed: int, samples: Integers, tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
     """Rectangles of random area and aspect ratio until `tokens` [U] are masked, [U, G] bool."""
-    words: list[list[list[int]]] = [[]]
+    words: list[list[list[int]]] = [[]]  # a sample alone draws as it goes, which is less than the first 32 at once
     if len(samples) > 1:
         words = philox_words(seed, samples[:, None], np.arange(32), TRIES).tolist()
     masks = [

@@ -172,7 +172,7 @@ class Mixer:
             if self.taken is None or not self.one_mask:
                 self.taken = self.tokens.pixels(self.mask[first : first + 1 if self.one_mask else last])
             mixed = out if self.whole else torch.empty_like(own)
-            other = gather(images, rows, None if out is own else mixed)
+            other = gather(images, rows, mixed)
             self.tokens.select(self.taken, own, other, mixed)
             self.finish(out, mixed)
 

@@ -45,17 +45,22 @@ def write_weights(
     if not rule.whole_tokens and evidence.maps is None and not settings.correct_lam and not settings.minmax:
         by_lam.add(rule.kind)
     use_lam = [kind in by_lam for kind in drawn.kind]
-    if not any(use_lam):
-        return pool(evidence, labels, partner, taken_share(drawn, settings), visible).float()
-    shares = [(lam * 2.0**-16, 1 - lam * 2.0**-16) for lam in drawn.lam]
-    both = torch.tensor(shares, dtype=torch.float64, device=CPU)
     if evidence.maps is None and all(use_lam):
-        return both.float()
+        return lam_weights(drawn).float()
     weights = pool(evidence, labels, partner, taken_share(drawn, settings), visible)
+    if not any(use_lam):
+        return weights.float()
+    both = lam_weights(drawn)
     chosen = torch.tensor(use_lam, device=CPU)
     if weights.dim() == 3:
         return torch.where(chosen[:, None, None], both[:, :, None], weights).float()
     return torch.where(chosen[:, None], both, weights).float()
+
+
+def lam_weights(drawn: Draw) -> Tensor:
+    """The weights that lam gives, [B, 2] float64."""
+    shares = [(lam * 2.0**-16, 1 - lam * 2.0**-16) for lam in drawn.lam]
+    return torch.tensor(shares, dtype=torch.float64, device=CPU)
 
 
 def row_weights(weights: Tensor, labels: Tensor, partner: Tensor) -> Tensor:
@@ -91,6 +96,6 @@ def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw,
         dense.add_(own * labels).add_(other * labels[partner])
     else:
         pair = torch.stack([labels, labels[partner]], 1)
-        known = pair.clamp(0, classes - 1)
-        dense.scatter_add_(1, known, torch.where(known == pair, raised, 0.0))
+        column = pair.clamp(0, classes - 1)
+        dense.scatter_add_(1, column, torch.where(column == pair, raised, 0.0))
     return dense.clamp_(max=1) if settings.clamp_targets else dense
