@@ -19,6 +19,9 @@ from mix_helpers import (
 )
 
 from tokenmix_kernels import TopKMaps, pool_targets, tokenmix
+from tokenmix_kernels.reference import Draw
+from tokenmix_kernels.reference.targets import write_targets
+from tokenmix_kernels.settings import MASK_RULES, Settings
 
 
 @pytest.mark.parametrize("case", GOLDEN_CASES)
@@ -177,3 +180,16 @@ def test_targets_are_the_papers(smoothing, mask_type):
     torch.testing.assert_close(mixed.weights, expected, atol=1e-5, rtol=0)
     dense = plain_targets(mixed.weights, labels, partner, 7, smoothing)
     torch.testing.assert_close(mixed.targets, dense, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 99])
+def test_a_label_out_of_range_adds_nothing(bad):
+    """As on a GPU, where values are not looked at; on a CPU the operators refuse it before."""
+    drawn = Draw(
+        [MASK_RULES["block"].kind] * 2, [32768] * 2, torch.zeros(2, 1, 1, dtype=torch.bool), [(0, 0, 0, 0)] * 2
+    )
+    weights, partner = torch.tensor([[0.25, 0.75], [0.5, 0.5]]), torch.tensor([1, 0])
+    settings = Settings(num_classes=3, patch_size=8, label_smoothing=0.3)
+    targets = write_targets(weights, torch.tensor([bad, 1]), partner, drawn, settings)
+    expected = torch.tensor([[0.1, 0.75 - 0.15 + 0.1, 0.1], [0.1, 0.5 - 0.15 + 0.1, 0.1]])
+    torch.testing.assert_close(targets, expected, rtol=0, atol=1e-6)

@@ -29,6 +29,7 @@ def test_images_are_erased_where_they_are_mixed_as_the_flags_say(tmp_path: Path,
     )
     data = load_data(erasing)
     mixers = [make_mixer(args, data, make_model(args, len(data.classes))) for args in (plain, erasing)]
+    assert mixers[1].settings.erase_count == (1, 3)
     labels = torch.arange(8) % 3
     images = torch.full((8, 3, erasing.input_size, erasing.input_size), 200, dtype=torch.uint8)
     expected, erased = (mix(images, labels, seed=3)[0] for mix in mixers)
