@@ -15,7 +15,7 @@ $(BIN)/%.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[$*]'
 	touch $@
 
-train: $(BIN)/demo.installed  ## install, and train a small DeiT on photographs of solar cells (6 to 13 minutes on 2 cores)
+train: $(BIN)/demo.installed  ## install, and train a small DeiT on photographs of solar cells (6 to 18 minutes on 2 cores)
 	$(BIN)/python -m train --recipe demo --resume auto
 
 test: $(BIN)/test.installed lint  ## install, and run all tests
