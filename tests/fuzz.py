@@ -333,6 +333,10 @@ def main() -> int:
     parser.add_argument("--erasing", action="store_true", help="of these, only those in which images are erased")
     parser.add_argument("--arch", type=int, choices=(80, 90), default=90, help="to compile for (default: 90)")
     args = parser.parse_args()
+    if kernels.interpreted():
+        from tests.quick_interpreter import leave_out_idle_work
+
+        leave_out_idle_work()
     simulated = Simulated(args.ptxsim, args.arch) if args.ptxsim else None
     bad = compare(args.first, args.cases, simulated, erasing=args.erasing)
     print(f"{args.cases} cases from {args.first}: {bad} with a difference")

@@ -11,6 +11,11 @@ import pytest
 import torch
 from device_helpers import DEVICES, INTERPRETED, Device, missing
 
+if INTERPRETED:
+    from quick_interpreter import leave_out_idle_work
+
+    leave_out_idle_work()
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make no items for a device that is not there: `test_the_matrix_runs_on` says once why it is not."""
