@@ -3,6 +3,7 @@
 Files and functions have the names and the order of those in `kernels/`.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,9 +55,10 @@ def mix(
     weights = write_weights(evidence, labels, pairs, drawn, visible, settings)
     targets = write_targets(weights, labels, pairs, drawn, settings)
     weights = row_weights(weights, labels, pairs)
-    kind = torch.tensor(drawn.kind, dtype=torch.uint8, device=CPU)
+    kind = torch.from_numpy(np.array(drawn.kind, np.uint8))
     mask = taken_share(drawn, settings).float() if settings.shares else drawn.mask
-    return Result(targets.to(device), mask.to(device), weights.to(device), kind.to(device))
+    result = Result(targets, mask, weights, kind)
+    return result if device.type == "cpu" else Result(*(part.to(device) for part in result))
 
 
 def token_mask(batch: int, grid: tuple[int, int], seed: Tensor, sample_offset: int, settings: Settings) -> Tensor:

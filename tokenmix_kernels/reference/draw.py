@@ -21,6 +21,7 @@ __all__ = ["Draw", "draw", "partner_of", "philox"]
 
 HEADER, RECTANGLE, TRIES, KEYS = 0, 1, 2, 3  # streams of the random counters
 LOW32 = 0xFFFFFFFF
+AT_ONCE = 12  # counters of `philox_several`
 HALF, LOW = np.uint64(32), np.uint64(LOW32)
 FACTORS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
 CPU = torch.device("cpu")
@@ -75,6 +76,31 @@ def philox_one(seed: int, sample: int, draw: int, stream: int) -> list[int]:
         c0, c1, c2, c3 = high >> 32 ^ c1 ^ key0, high & LOW32, low >> 32 ^ c3 ^ key1, low & LOW32
         key0, key1 = key0 + 0x9E3779B9 & LOW32, key1 + 0xBB67AE85 & LOW32
     return [c0, c1, c2, c3]
+
+
+@lru_cache(maxsize=1)
+def lanes() -> tuple[int, int, int]:
+    """AT_ONCE fields of 64 bits in one integer: all of them 1, all of them LOW32, and 0, 1, 2, ... ."""
+    ones = sum(1 << 64 * lane for lane in range(AT_ONCE))
+    return ones, ones * LOW32, sum(lane << 64 * lane for lane in range(AT_ONCE))
+
+
+def philox_several(seed: int, sample: int, draw: int, stream: int) -> list[list[int]]:
+    """`philox` of AT_ONCE counters of one sample, from `draw` on, which stay below 2**32: [AT_ONCE, 4].
+
+    Each has a field of its own in long integers: all of them for the price of two.
+    """
+    ones, low32, steps = lanes()
+    c0, c1, c2, c3 = (sample & LOW32) * ones, (sample >> 32 & LOW32) * ones, draw * ones + steps, stream * ones
+    key0, key1 = seed & LOW32, seed >> 32 & LOW32
+    for _ in range(10):
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # of 64 bits: no field reaches into the next
+        c0, c1 = high >> 32 & low32 ^ c1 ^ key0 * ones, high & low32
+        c2, c3 = low >> 32 & low32 ^ c3 ^ key1 * ones, low & low32
+        key0, key1 = key0 + 0x9E3779B9 & LOW32, key1 + 0xBB67AE85 & LOW32
+    octets = b"".join([pair.to_bytes(8 * AT_ONCE, "little") for pair in (c0 | c1 << 32, c2 | c3 << 32)])
+    words = np.frombuffer(octets, "<u4").reshape(2, AT_ONCE, 2)
+    return words.transpose(1, 0, 2).reshape(AT_ONCE, 4).tolist()
 
 
 def first_words(seed: int, samples: Integers, stream: int) -> list[list[int]]:
@@ -135,7 +161,7 @@ def header(words: list[int], settings: Settings, plan: Plan, count: int) -> tupl
 
 def block_mask(seed: int, samples: Integers, tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
     """Rectangles of random area and aspect ratio until `tokens` [U] are masked, [U, G] bool."""
-    words: list[list[list[int]]] = [[]]  # a sample alone draws as it goes, which is less than the first 32 at once
+    words: list[list[list[int]]] = [[]]  # a sample alone draws as it goes, which costs less than arrays do
     if len(samples) > 1:
         words = philox_words(seed, samples[:, None], np.arange(32), TRIES).tolist()
     masks = [
@@ -162,7 +188,9 @@ def union_of_rectangles(words: dict[int, list[int]], sample: int, seed: int, tok
         first, half_row = 4 * (window // 2), 2 * (window % 2)
         failed += 1
         for j in range(4 if failed < 3 else 2):
-            row = words.get(first + j) or words.setdefault(first + j, philox_one(seed, sample, first + j, TRIES))
+            if first + j not in words:
+                words.update(enumerate(philox_several(seed, sample, first + j, TRIES), first + j))
+            row = words[first + j]
             size_word, position_word = row[half_row], row[half_row + 1]
             area = smallest + (remaining - 1) * (size_word >> unused)
             factors = ratios[size_word & ((1 << RATIO_BITS) - 1)]
@@ -262,9 +290,10 @@ def draw(
     plan = make_plan(settings, height, width)
     # Samples that share a draw have one counter.
     units = np.arange(1 if mode == BATCH else batch)
-    unit_of = np.zeros(batch, np.int64) if mode == BATCH else units
+    order = [0] * batch if mode == BATCH else units.tolist()
     if mode == PAIR:
         units, unit_of = np.unique(np.minimum(units, partner.numpy()), return_inverse=True)
+        order = unit_of.tolist()
     units = units + sample_offset
 
     headers = first_words(seed, units, HEADER)
@@ -279,10 +308,9 @@ def draw(
                 masks[u] = coverage(rectangles[u], grid, patch).numpy() * 2 > patch * patch
     elif rule.kind in kinds and rule.drawn:
         masks = TOKEN_RULES[settings.mask_type](seed, units, list(tokens), grid, settings.grid_cell)
-    order = unit_of.tolist()
     of_each = [kinds[u] for u in order]
     if rule.drawn:
-        taken = torch.from_numpy(masks.reshape(-1, *grid)[unit_of])
+        taken = torch.from_numpy(masks.reshape(-1, *grid)[order])
     else:
         assert mask is not None
         taken = mask.to(CPU) & torch.tensor([kind == rule.kind for kind in of_each], device=CPU)[:, None, None]

@@ -4,6 +4,7 @@ Products and sums are in float64: neither autocast, nor the precision of float32
 changes a result beyond the last bits of float32.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -212,5 +213,7 @@ def of_images(evidence: Evidence, images: Tensor) -> Evidence:
 def areas(taken: Tensor) -> Tensor:
     """The share of the area that each image of a pair has, [B, 2] float64."""
     count = taken.shape[1] * taken.shape[2]
-    moved = taken.sum((1, 2))
-    return torch.stack([count - moved, moved], 1) / count
+    shares = np.empty((len(taken), 2))
+    shares[:, 1] = taken.numpy().reshape(-1, count).sum(1)
+    shares[:, 0] = count - shares[:, 1]
+    return torch.from_numpy(shares / count)

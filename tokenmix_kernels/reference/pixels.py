@@ -90,7 +90,7 @@ class Tokens:
 
     def __init__(self, patch: int, *tensors: Tensor) -> None:
         first = tensors[0]
-        self.patch, self.item = patch, first.element_size()
+        self.patch, self.item, self.device = patch, first.element_size(), first.device
         self.planes = all(one.is_contiguous() for one in tensors)
         self.word, self.run = 0, patch * self.item * (1 if self.planes else first.shape[1])
         if self.planes or all(one.is_contiguous(memory_format=torch.channels_last) for one in tensors):
@@ -105,15 +105,16 @@ class Tokens:
         return line.view(WORDS[self.word]).view(len(images), channels, height, -1)
 
     def pixels(self, mask: Tensor) -> Tensor:
-        """A mask of tokens [n, Gh, Gw] as one of words [n, 1, H, *] (of pixels, for other strides)."""
+        """A mask of tokens [n, Gh, Gw] on the CPU as one of words [n, 1, H, *] (of pixels, for other strides)."""
         run = self.run // self.word if self.word else self.patch
-        each = mask[:, None, :, None, :, None].expand(-1, -1, -1, self.patch, -1, run)
-        return each.reshape(len(mask), 1, mask.shape[1] * self.patch, -1)
+        each = mask.numpy().repeat(run, 2).repeat(self.patch, 1)
+        return torch.from_numpy(each[:, None]).to(self.device)
 
     def select(self, mask: Tensor, own: Tensor, other: Tensor, out: Tensor) -> None:
         """out = mask ? other : own, for a mask of `pixels`."""
         if self.word:
-            own, other, out = self.words(own), self.words(other), self.words(out)
+            same, own, out = other is out, self.words(own), self.words(out)
+            other = out if same else self.words(other)
         torch.where(mask, other, own, out=out)
 
 
@@ -129,7 +130,6 @@ class Mixer:
         # A sample that is its own partner is left as it is, in every branch.
         self.kinds = [COPY if i == j else kind for i, (j, kind) in enumerate(zip(self.pairs, drawn.kind, strict=True))]
         self.tokens = Tokens(settings.patch_size, *((images, out) if self.whole else (images,)))
-        self.mask = drawn.mask.to(self.device)
         # One mask for all is made once.
         self.one_mask = settings.mode == "batch" and MASK_RULES[settings.mask_type].drawn
         self.taken: Tensor | None = None
@@ -170,7 +170,7 @@ class Mixer:
                 self.finish(out[some][inside], other)
         else:
             if self.taken is None or not self.one_mask:
-                self.taken = self.tokens.pixels(self.mask[first : first + 1 if self.one_mask else last])
+                self.taken = self.tokens.pixels(self.drawn.mask[first : first + 1 if self.one_mask else last])
             mixed = out if self.whole else torch.empty_like(own)
             other = gather(images, rows, mixed)
             self.tokens.select(self.taken, own, other, mixed)
@@ -207,7 +207,7 @@ class Views:
             inside = (..., slice(top, bottom), slice(left, right))
             images, out = images[inside], out[inside]
         else:
-            self.mask = mixer.tokens.pixels(mixer.mask[:1])
+            self.mask = mixer.tokens.pixels(mixer.drawn.mask[:1])
             if mixer.tokens.word:
                 images, out = mixer.tokens.words(images), mixer.tokens.words(out)
         self.own, self.out = images.split(1), out.split(1)

@@ -1,5 +1,9 @@
-"""Weights and soft targets in PyTorch on the CPU. Beside `kernels/targets.py`."""
+"""Weights and soft targets on the CPU. Beside `kernels/targets.py`.
 
+What has one or two numbers for each sample is computed in NumPy, whose calls on small arrays take a third of PyTorch's.
+"""
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,8 +63,10 @@ def write_weights(
 
 def lam_weights(drawn: Draw) -> Tensor:
     """The weights that lam gives, [B, 2] float64."""
-    shares = [(lam * 2.0**-16, 1 - lam * 2.0**-16) for lam in drawn.lam]
-    return torch.tensor(shares, dtype=torch.float64, device=CPU)
+    shares = np.empty((len(drawn.lam), 2))
+    shares[:, 0] = drawn.lam
+    shares[:, 1] = 65536 - shares[:, 0]
+    return torch.from_numpy(shares * 2.0**-16)
 
 
 def row_weights(weights: Tensor, labels: Tensor, partner: Tensor) -> Tensor:
@@ -81,21 +87,22 @@ def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw,
     range adds nothing.
     """
     classes, smoothing = settings.num_classes, settings.label_smoothing
-    as_in_paper = [kind in PAPER for kind in drawn.kind]
-    if all(as_in_paper):
-        raised = weights - smoothing / 2  # of the shape of weights
-    else:
-        raised = weights * (1 - smoothing)
-        if any(as_in_paper):
-            tokens = torch.tensor(as_in_paper, device=CPU).view(-1, *[1] * (weights.dim() - 1))
-            raised = torch.where(tokens, weights - smoothing / 2, raised)
+    # A weight w becomes (w - less) * times.
+    rules = [(smoothing / 2, 1.0) if kind in PAPER else (0.0, 1 - smoothing) for kind in drawn.kind]
     rest = smoothing / (2 if settings.multi_label else classes)
     dense = torch.full((len(labels), classes), rest, dtype=torch.float32, device=CPU)
     if labels.dim() == 2:
+        shape = (len(labels), *[1] * (weights.dim() - 1))
+        lower, scale = (
+            torch.tensor(part, dtype=torch.float32, device=CPU).view(shape) for part in zip(*rules, strict=True)
+        )
+        raised = (weights - lower) * scale
         own, other = (raised[:, 0], raised[:, 1]) if raised.dim() == 3 else raised.split(1, 1)
         dense.add_(own * labels).add_(other * labels[partner])
     else:
-        pair = torch.stack([labels, labels[partner]], 1)
-        column = pair.clamp(0, classes - 1)
-        dense.scatter_add_(1, column, torch.where(column == pair, raised, 0.0))
+        rows, numbers = dense.numpy(), labels.tolist()
+        for i, (j, (less, times), both) in enumerate(zip(partner.tolist(), rules, weights.tolist(), strict=True)):
+            for label, weight in zip((numbers[i], numbers[j]), both, strict=True):
+                if 0 <= label < classes:
+                    rows[i, label] += (weight - less) * times
     return dense.clamp_(max=1) if settings.clamp_targets else dense
