@@ -22,12 +22,14 @@ def style(summary: dict[str, Any], mixer: str) -> dict[str, Any]:
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "linestyle": line}
 
 
-def canvas(rows: int, columns: int, height: float) -> tuple[Any, Any, Any]:
-    """Pyplot, a figure and its axes [rows, columns]."""
+def canvas(rows: int, widths: list[float], height: float) -> tuple[Any, Any, Any]:
+    """Pyplot, a figure and its axes [rows, columns], columns of these widths in inches."""
     pyplot = require("matplotlib.pyplot", extra="maps")
     pyplot.switch_backend("Agg")
-    size = (1.2 + 2.9 * max(columns, 2), height)
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        rows, len(widths), figsize=(1.2 + max(sum(widths), 5.8), height), squeeze=False, layout="constrained",
+        gridspec_kw={"width_ratios": widths},
+    )  # fmt: skip
     for ax in axes.flat:
         ax.grid(True, color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
@@ -52,7 +54,7 @@ def panels(summary: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The settings of each panel, by its title."""
     found: dict[str, list[dict[str, Any]]] = {}
     for setting in summary["settings"]:
-        share = f"{setting['task']}, {100 * setting['label_fraction']:g} % of the labels"
+        share = f"{setting['task']}\n{100 * setting['label_fraction']:g} % of the labels"
         found.setdefault(f"{share}\n{setting['train_images']:,} training images", []).append(setting)
     return found
 
@@ -74,7 +76,7 @@ def accuracy_plot(summary: dict[str, Any], path: Path) -> None:
     anything to regularise.
     """
     groups = panels(summary)
-    pyplot, figure, axes = canvas(2, len(groups), 6.4)
+    pyplot, figure, axes = canvas(2, [1.1 + 0.6 * len(settings) for settings in groups.values()], 6.4)
     for row, measure in enumerate(("top1", "last_train_top1")):
         share_scale(axes[row], groups)
         for ax, settings in zip(axes[row], groups.values(), strict=True):
@@ -119,7 +121,7 @@ def draw_accuracy(ax: Any, summary: dict[str, Any], settings: list[dict[str, Any
 def curves_plot(summary: dict[str, Any], path: Path) -> None:
     """Accuracy on the held-out images in the course of the longest training of each task and share of labels."""
     groups = panels(summary)
-    pyplot, figure, axes = canvas(1, len(groups), 3.9)
+    pyplot, figure, axes = canvas(1, [2.9] * len(groups), 3.9)
     share_scale(axes[0], groups)
     for ax, (title, settings) in zip(axes[0], groups.items(), strict=True):
         longest = longest_of(settings)
@@ -128,7 +130,7 @@ def curves_plot(summary: dict[str, Any], path: Path) -> None:
             tops = list(zip(*(run["held_out_top1"] for run in runs), strict=True))  # [evaluations][seeds]
             look = style(summary, mixer)
             ax.plot(runs[0]["epochs"], [sum(top) / len(top) for top in tops], markersize=4, linewidth=1.2, **look)
-        ax.set_title(f"{title.splitlines()[0]}, {longest['epochs']} epochs", fontsize=10)
+        ax.set_title(f"{', '.join(title.splitlines()[:2])}\n{longest['epochs']} epochs", fontsize=10)
         ax.set_xlabel("epoch")
     axes[0, 0].set_ylabel("held-out top-1, %")
     legend(summary, pyplot, figure)
@@ -147,11 +149,11 @@ def occlusion_plot(summary: dict[str, Any], path: Path) -> None:
     shown = [longest_of(settings) for settings in groups.values()]
     drawn = {order for setting in shown for figures in setting["mixers"].values() for order in figures["occlusion"]}
     orders = [(order, title) for order, title in ORDERS.items() if order in drawn]
-    pyplot, figure, axes = canvas(len(orders), len(groups), 1.2 + 2.6 * len(orders))
+    pyplot, figure, axes = canvas(len(orders), [2.9] * len(groups), 1.2 + 2.6 * len(orders))
     for row in axes:
         share_scale(row, groups)
     for column, (title, longest) in enumerate(zip(groups, shown, strict=True)):
-        axes[0, column].set_title(f"{title.splitlines()[0]}, {longest['epochs']} epochs", fontsize=10)
+        axes[0, column].set_title(f"{', '.join(title.splitlines()[:2])}\n{longest['epochs']} epochs", fontsize=10)
         for ax, (order, _) in zip(axes[:, column], orders, strict=True):
             draw_occlusion(ax, summary, longest, order)
         [*filter(has_axes, axes[:, column])][-1].set_xlabel("blanked tokens, %")
