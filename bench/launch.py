@@ -125,11 +125,14 @@ def run(launch: Launch) -> None:
 
 def programs_of(launch: Launch) -> tuple[int, Callable[[int], tuple[int, bool]]]:
     """How a launch is cut up: programs of an image, and for a program its image and whether it moves pixels."""
-    pixels = launch.args["TILE"].PIXELS
-    first = len(launch.inputs.images) * pixels  # of the targets' programs
+    tile, batch = launch.args["TILE"], len(launch.inputs.images)
+    pixels = tile.PIXELS
+    of_pixels = range(2 * batch, (2 + pixels) * batch) if tile.TARGETS_FIRST else range(pixels * batch)
 
     def place(program: int) -> tuple[int, bool]:
-        return (program // pixels, True) if program < first else ((program - first) // 2, False)
+        if program in of_pixels:
+            return (program - of_pixels.start) // pixels, True
+        return (program if tile.TARGETS_FIRST else program - of_pixels.stop) // 2, False
 
     return pixels + 2, place
 

@@ -47,6 +47,17 @@ def test_nothing_is_prefetched_where_it_would_be_in_vain(without):
     assert shape(**without).AHEAD == 0
 
 
+@pytest.mark.parametrize(
+    "batch, in_bytes, card, first",
+    [(16, 2, H100, False), (32, 2, H100, False), (128, 2, H100, True), (128, 2, A100, True), (128, 1, H100, True),
+     (128, 1, A100, False), (1024, 2, H100, False)],
+)  # fmt: skip
+def test_targets_come_first_where_there_are_many_programs_with_room_for_all(batch, in_bytes, card, first):
+    tile = shape(batch, in_bytes, card=card)
+    assert tile.TARGETS_FIRST == first
+    assert not first or batch * (tile.PIXELS + 2) <= 8 * card.multiprocessors
+
+
 def test_a_machine_without_gpu_has_a_stated_card():
     assert card_of(torch.device("cpu")) == card_of(torch.device("meta")) == Card(108, 0, False)
 

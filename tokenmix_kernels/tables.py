@@ -1,6 +1,7 @@
 """Tables made once on the host, so that no result depends on a libm: aspect ratios, Beta quantiles, shifts of bytes.
 
-The first two are integers in fixed point. The reference reads them as lists, the kernels as small device tensors.
+The first two are integers in fixed point. The reference reads them as lists, the kernels as small device tensors, but
+for the ratios, which they compute (`kernels.window.ratio_factors`).
 """
 
 from decimal import Decimal, localcontext
@@ -104,10 +105,9 @@ def erasing_tables(aspect: tuple[float, float], device: torch.device) -> tuple[T
 
 
 @lru_cache(maxsize=64)
-def device_table(name: str, alpha: float, device: torch.device) -> Tensor:
-    """One of the tables as an int32 tensor on a device, made once per device."""
-    values = ratio_table() if name == "ratio" else beta_table(alpha)
-    return torch.tensor(values, dtype=torch.int32, device=device)
+def device_table(alpha: float, device: torch.device) -> Tensor:
+    """`beta_table` as an int32 tensor on a device, made once per device."""
+    return torch.tensor(beta_table(alpha), dtype=torch.int32, device=device)
 
 
 def byte_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -4,13 +4,9 @@ import triton
 import triton.language as tl
 
 from .groups import CONST, Draw
+from .window import ratio_factors, try_four
 
-__all__ = ["draw", "load_ratios", "partner_of"]
-
-
-@triton.constexpr_function
-def power_of_2(exponent):
-    return 1 << exponent
+__all__ = ["draw", "load_header", "partner_of", "read_seed", "sample_of"]
 
 
 @triton.constexpr_function
@@ -53,26 +49,47 @@ def partner_of(partner, i, batch):
 
 
 @triton.jit
-def beta(word, table):
-    """lam ~ Beta(alpha, alpha) in units of 2**-16: the quantile table, read between two entries."""
-    entry = (word >> (32 - CONST.value.BETA_BITS)).to(tl.int32)
-    between = ((word >> (18 - CONST.value.BETA_BITS)) & 0x3FFF).to(tl.int32)
-    low = tl.load(table + entry)
-    return low + (((tl.load(table + entry + 1) - low) * between) >> 14)
+def beta_entries(word, table):
+    """The two entries of a table of quantiles that a random word lies between; nothing where there is no table."""
+    low, high = None, None
+    if table is not None:
+        entry = (word >> (32 - CONST.value.BETA_BITS)).to(tl.int32)
+        low, high = tl.load(table + entry), tl.load(table + entry + 1)
+    return low, high
 
 
 @triton.jit
-def header(key, sample, plan, tables, COUNT: tl.constexpr, RULE: tl.constexpr):
-    """Whether and how a sample is mixed: (kind, lam in 2**-16, tokens to mask)."""
-    lam = tl.cast(plan.lam, tl.int32)
+def beta(word, entries):
+    """lam ~ Beta(alpha, alpha) in units of 2**-16: the quantile table, read between two entries."""
+    between = ((word >> (18 - CONST.value.BETA_BITS)) & 0x3FFF).to(tl.int32)
+    return entries[0] + (((entries[1] - entries[0]) * between) >> 14)
+
+
+@triton.jit
+def load_header(key, sample, tables, RULE: tl.constexpr):
+    """What `header` needs of random words and tables: (words, entries for Mixup, entries for the second branch)."""
+    words = key
     if RULE.HAS_HEADER:
         w0, w1, w2, _ = philox(key, sample, tl.zeros([], tl.int32), CONST.value.HEADER)
-        kind = tl.where((w1 >> 8).to(tl.int32) < plan.switches, RULE.KIND, CONST.value.MIXUP)
-        kind = tl.where((w0 >> 8).to(tl.int32) < plan.mixes, kind, CONST.value.COPY)
+        words = w0, w1, w2
+        mixup, cutmix = beta_entries(w2, tables.mixup), beta_entries(w2, tables.cutmix)
+    else:
+        mixup, cutmix = beta_entries(key[0], None), beta_entries(key[0], None)
+    return words, mixup, cutmix
+
+
+@triton.jit
+def header(loaded, plan, tables, COUNT: tl.constexpr, RULE: tl.constexpr):
+    """Whether and how a sample is mixed: (kind, lam in 2**-16, tokens to mask)."""
+    lam = tl.cast(plan.lam, tl.int32)
+    words, mixup, cutmix = loaded
+    if RULE.HAS_HEADER:
+        kind = tl.where((words[1] >> 8).to(tl.int32) < plan.switches, RULE.KIND, CONST.value.MIXUP)
+        kind = tl.where((words[0] >> 8).to(tl.int32) < plan.mixes, kind, CONST.value.COPY)
         if tables.cutmix is not None:
-            lam = beta(w2, tables.cutmix)
+            lam = beta(words[2], cutmix)
         if tables.mixup is not None:
-            lam = tl.where(kind == CONST.value.MIXUP, beta(w2, tables.mixup), lam)
+            lam = tl.where(kind == CONST.value.MIXUP, beta(words[2], mixup), lam)
         lam = tl.where(kind == CONST.value.COPY, 65536, lam)
     else:
         kind = tl.zeros([], tl.int32) + RULE.KIND
@@ -85,97 +102,7 @@ def header(key, sample, plan, tables, COUNT: tl.constexpr, RULE: tl.constexpr):
 
 
 @triton.jit
-def popcount(bits):
-    """Bits set in each word; the compiler knows the idiom."""
-    if bits.dtype == tl.uint64:
-        bits = bits - ((bits >> 1) & 0x5555555555555555)
-        bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
-        bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
-        return ((bits * 0x0101010101010101) >> 56).to(tl.int32)
-    else:
-        bits = bits - ((bits >> 1) & 0x55555555)
-        bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
-        bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-        return ((bits * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def load_ratios(tables):
-    """The table of aspect ratios whole, before anybody knows which entries are needed: looking up waits for nothing."""
-    ratios = None
-    if tables.ratio is not None:
-        ratios = tl.load(tables.ratio + tl.arange(0, CONST.value.RATIO_MASK + 1))
-    return ratios
-
-
-@triton.jit
-def whole_root(x, PTX: tl.constexpr):
-    """The integer part of the correctly rounded square root of fp32 numbers from 1 to 2**32.
-
-    In PTX by the steps that the assembler takes for `sqrt.rn`, without its branch for other numbers, and rounded down
-    into the low mantissa bits of 2**23: every window of tries waits for it.
-    """
-    if PTX:
-        whole = tl.inline_asm_elementwise(
-            "{ .reg .f32 r, s, h, e; rsqrt.approx.ftz.f32 r, $1; mul.rn.f32 s, $1, r; mul.rn.f32 h, r, 0f3F000000; "
-            "neg.f32 e, s; fma.rn.f32 e, e, s, $1; fma.rn.f32 s, e, h, s; add.rz.f32 s, s, 0f4B000000; "
-            "mov.b32 $0, s; sub.s32 $0, $0, 0x4B000000; }",
-            "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        whole = tl.sqrt_rn(x).to(tl.int32)
-    return whole
-
-
-@triton.jit
-def try_four(
-    area, factors, position, free, remaining, tries, first_row, j, GRID: tl.constexpr, PTX: tl.constexpr,
-    WORD: tl.constexpr,
-):  # fmt: skip
-    """One window of four tries.
-
-    Returns what is free now [4, WORDS], the tokens that remain, and the tries that are left in a row (times 2**16).
-    """
-    GH: tl.constexpr = GRID.GH
-    GW: tl.constexpr = GRID.GW
-    WORD_ROWS: tl.constexpr = GRID.WORD_ROWS
-    HALF: tl.constexpr = power_of_2(13 + GRID.AREA_BITS // 2)
-    SHIFT: tl.constexpr = 14 + GRID.AREA_BITS // 2
-    SHIFTED: tl.constexpr = CONST.value.SHIFTED
-    area = power_of_2(GRID.AREA_BITS) + (remaining - 1) * area
-    side = whole_root(area.to(tl.float32), PTX)
-    h = (side * (factors & 0xFFFF) + HALF) >> SHIFT
-    w = (side * (factors >> 16) + HALF) >> SHIFT
-    tops, lefts = GH + 1 - h, GW + 1 - w
-    top = tl.umulhi(position, tops.to(tl.uint32, bitcast=True)).to(tl.int32)
-    left = tl.umulhi(position << 16, lefts.to(tl.uint32, bitcast=True)).to(tl.int32)
-    columns = ((((free ^ free) + 1) << w.to(WORD)) - 1) << left.to(WORD)
-    bits = free ^ free
-    for r in tl.static_range(WORD_ROWS):
-        inside = (first_row + (r - top)).to(tl.uint32, bitcast=True) < h.to(tl.uint32)
-        bits = bits | tl.where(inside, columns << (r * GW), 0)
-    bits = bits & free
-    new = popcount(bits)
-    # All four counts side by side in one word, where even a rectangle that does not fit counts less than 256: one
-    # reduction of the whole warp.
-    PACKED: tl.constexpr = GH * GW <= 232
-    new = (tl.sum(tl.ravel(new << (8 * j)), 0) >> (8 * j)) & 255 if PACKED else tl.sum(new, 1)[:, None]  # [4, 1]
-    # 0 < new <= remaining, in one comparison without sign; nothing fits where nothing remains.
-    fits = (tl.minimum(tops, lefts) > 1) & (
-        (new - 1).to(tl.uint32, bitcast=True) < remaining.to(tl.uint32, bitcast=True)
-    )
-    keys = tl.where(fits, j * SHIFTED + new, CONST.value.UNFIT)
-    first = tl.min(tl.ravel(keys), 0)
-    taken = first < tries
-    first = tl.where(taken, first, CONST.value.NONE)
-    free = free ^ tl.reduce_or(tl.where(keys == first, bits, 0), 0)[None, :]
-    remaining -= first & 0xFFFF
-    tries = tl.where(taken, 10 * SHIFTED, tries - 4 * SHIFTED)
-    return free, remaining, tries
-
-
-@triton.jit
-def block_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
+def block_mask(key, sample, i, tokens, mask, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
     """Rectangles of random area and aspect ratio until `tokens` are masked: (words [4, WORDS], tokens masked).
 
     A word holds WORD_ROWS grid rows, bit r * GW + c of its rows. Four tries are looked at side by side (first axis),
@@ -194,8 +121,7 @@ def block_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, PTX: tl
     draws = word * 4 + j
     while (remaining > 0) & (tries > 0):
         size_a, position_a, size_b, position_b = philox(key, sample, draws, CONST.value.TRIES)
-        both = (tl.join(size_a, size_b) & CONST.value.RATIO_MASK).to(tl.int32)  # [4, WORDS, 2]
-        factors_a, factors_b = tl.split(tl.reshape(tl.gather(ratios, tl.ravel(both), 0), both.shape))
+        factors_a, factors_b = ratio_factors(size_a), ratio_factors(size_b)
         area_a = (size_a >> (32 - AREA_BITS)).to(tl.int32)
         area_b = (size_b >> (32 - AREA_BITS)).to(tl.int32)
         step = 0
@@ -254,7 +180,7 @@ def smallest_keys(key, sample, number, counted, wanted, KEY_BITS: tl.constexpr):
 
 
 @triton.jit
-def random_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
+def random_mask(key, sample, i, tokens, mask, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
     """The `tokens` tokens with the smallest keys: (words [4, WORDS], tokens masked)."""
     WORDS: tl.constexpr = GRID.WORDS
     KEY_BITS: tl.constexpr = bit_length(GRID.GH * GRID.GW - 1)
@@ -263,7 +189,7 @@ def random_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, PTX: t
 
 
 @triton.jit
-def given_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
+def given_mask(key, sample, i, tokens, mask, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
     """A mask from memory, bytes [B, GH, GW]: (words [4, WORDS], tokens masked)."""
     WORDS: tl.constexpr = GRID.WORDS
     bit, token, real = token_of(GRID)
@@ -271,7 +197,7 @@ def given_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, PTX: tl
 
 
 @triton.jit
-def grid_mask(key, sample, i, tokens, mask, ratios, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
+def grid_mask(key, sample, i, tokens, mask, GRID: tl.constexpr, PTX: tl.constexpr, WORD: tl.constexpr):
     """Random cells of CELL x CELL tokens, as many as the share of `tokens` stands for: (words, tokens masked).
 
     Each token finds its cell's key, drawn as in `random_mask`; the first token of each cell stands for it in the count.
@@ -332,38 +258,41 @@ def coverage(top, bottom, left, right, token, GRID: tl.constexpr):
 
 
 @triton.jit
-def draw(
-    seed,
-    seed_high,
-    sample_offset,
-    i,
-    j,
-    mask,
-    plan,
-    tables,
-    ratios,  # of `load_ratios`
-    MASK_RULE: tl.constexpr,  # a function NAME_mask of this file, or None for rectangles
-    GRID: tl.constexpr,
-    RULE: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """What sample i with partner j gets."""
-    WORD: tl.constexpr = tl.uint32 if GRID.GW <= 32 else tl.uint64
-    WORDS: tl.constexpr = GRID.WORDS
-    key = read_seed(seed, seed_high)
+def sample_of(sample_offset, i, j, RULE: tl.constexpr):
+    """The number among all samples whose random numbers sample i with partner j takes."""
     # The interpreter's cast alone would leave an offset between 2**31 and 2**32 in 32 bits.
     sample = tl.cast(sample_offset, tl.int64) + tl.zeros([], tl.int64)
     if RULE.MODE == CONST.value.PAIR:
         sample += tl.minimum(i, j)
     elif RULE.MODE != CONST.value.BATCH:
         sample += i
-    kind, lam, tokens = header(key, sample, plan, tables, GRID.GH * GRID.GW, RULE)
+    return sample
+
+
+@triton.jit
+def draw(
+    key,
+    sample,  # of `sample_of`
+    loaded,  # of `load_header`
+    i,
+    mask,
+    plan,
+    tables,
+    MASK_RULE: tl.constexpr,  # a function NAME_mask of this file, or None for rectangles
+    GRID: tl.constexpr,
+    RULE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """What sample i gets."""
+    WORD: tl.constexpr = tl.uint32 if GRID.GW <= 32 else tl.uint64
+    WORDS: tl.constexpr = GRID.WORDS
+    kind, lam, tokens = header(loaded, plan, tables, GRID.GH * GRID.GW, RULE)
     top = tl.zeros([], tl.int32)
     bottom, left, right, masked = top, top, top, top
     words = tl.zeros([4, WORDS], WORD)
     if RULE.WHOLE_TOKENS:
         if kind == RULE.KIND:
-            words, masked = MASK_RULE(key, sample, i, tokens, mask, ratios, GRID, PTX, WORD)
+            words, masked = MASK_RULE(key, sample, i, tokens, mask, GRID, PTX, WORD)
     elif kind == RULE.KIND:
         top, bottom, left, right = cutmix_rectangle(key, sample, lam, plan, GRID, RULE)
     return Draw(kind, lam, words, masked, top, bottom, left, right)

@@ -6,9 +6,10 @@ import triton.language as tl
 
 from ..settings import Settings, erase_bits, make_erase_plan
 from ..tables import erasing_tables
-from .draw import philox, power_of_2
+from .draw import philox
 from .groups import CONST, Erased, Erasing
 from .pixels import blend, finish, row_bits, token_bit
+from .window import power_of_2
 
 __all__ = ["draw_rectangles", "erase_rows", "erases_rows", "erasing_of"]
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .draw import draw, load_ratios, partner_of, read_seed
+from .draw import draw, load_header, partner_of, read_seed, sample_of
 from .erasing import draw_rectangles, erase_rows, erases_rows
 from .groups import Pixels
 from .look_ahead import look_ahead_of_pixels, look_ahead_of_targets
@@ -17,15 +17,19 @@ __all__ = ["mix_kernel"]
 def place_of(n, batch, TILE: tl.constexpr):
     """What program n does: (whether it moves pixels, program of its sample, sample, side of the targets)."""
     PIXELS: tl.constexpr = TILE.PIXELS
-    beyond = n - batch * PIXELS
-    i = beyond >> 1
+    if TILE.TARGETS_FIRST:
+        of_targets, of_pixels = n, n - 2 * batch
+        moves = of_pixels >= 0
+    else:
+        of_targets, of_pixels = n - batch * PIXELS, n
+        moves = n < batch * PIXELS
+    i = of_targets >> 1
     program = i
-    moves = n < batch * PIXELS
     if PIXELS > 0:
-        own = (n.to(tl.uint32) // PIXELS).to(tl.int32)
-        program = n - own * PIXELS
+        own = (of_pixels.to(tl.uint32) // PIXELS).to(tl.int32)
+        program = of_pixels - own * PIXELS
         i = tl.where(moves, own, i)
-    return moves, program, i.to(tl.int64), beyond & 1
+    return moves, program, i.to(tl.int64), of_targets & 1
 
 
 @triton.jit(do_not_specialize=["seed", "seed_high", "sample_offset", "batch"])
@@ -53,7 +57,9 @@ def mix_kernel(
     RULE: tl.constexpr,  # groups.Rule
     MAPS: tl.constexpr,  # groups.MapForm
 ):
-    """PIXELS programs for each sample, one for each ROWS token rows; after those of all samples two for its targets.
+    """PIXELS programs for each sample, one for each ROWS token rows, and two for its targets.
+
+    Those of all samples' pixels come after those of the targets where TARGETS_FIRST, else before them.
 
     Every program draws its sample's mask anew, in registers: cheaper than passing it on. In place the program of the
     pair's first sample moves both, and `partner` must be its own inverse (a sample for which it is not is left alone).
@@ -63,7 +69,10 @@ def mix_kernel(
     j = partner_of(pairs.partner, i, batch)
     if LAYOUT.IN_PLACE:
         j = tl.where(partner_of(pairs.partner, j, batch) == i, j, i)
-    ratios = load_ratios(tables)  # before the look-ahead: behind megabytes of pixels the draw would wait for it
+    key = read_seed(seed, seed_high)
+    sample = sample_of(sample_offset, i, j, RULE)
+    # Before the look-ahead: behind megabytes of pixels, what this loads from a table would come last.
+    loaded = load_header(key, sample, tables, RULE)
     if PTX:
         # In this order, here and below, the assembler puts pixels first: no jump to code that is not in the cache yet.
         if not moves:
@@ -73,7 +82,7 @@ def mix_kernel(
     # An image that is its own partner moves nowhere, but may be erased.
     mine = i <= j if RULE.ERASE else i < j
     if (not moves) | (not LAYOUT.IN_PLACE) | mine:
-        drawn = draw(seed, seed_high, sample_offset, i, j, mask, plan, tables, ratios, MASK_RULE, GRID, RULE, PTX)
+        drawn = draw(key, sample, loaded, i, mask, plan, tables, MASK_RULE, GRID, RULE, PTX)
         if not moves:
             gone, gone_j = None, None
             if RULE.ERASE_EVIDENCE:
@@ -85,9 +94,9 @@ def mix_kernel(
             pixels = Pixels(images, out, strides.images, strides.out, normalisation.shift, normalisation.scale)
             drawn_j = drawn
             if LAYOUT.IN_PLACE and RULE.DRAW_EACH:
-                drawn_j = draw(
-                    seed, seed_high, sample_offset, j, i, mask, plan, tables, ratios, MASK_RULE, GRID, RULE, PTX
-                )
+                sample_j = sample_of(sample_offset, j, i, RULE)
+                loaded_j = load_header(key, sample_j, tables, RULE)
+                drawn_j = draw(key, sample_j, loaded_j, j, mask, plan, tables, MASK_RULE, GRID, RULE, PTX)
             if RULE.ERASE:
                 erased, erased_j = draw_both(seed, seed_high, sample_offset, i, j, batch, erasing, GRID, RULE)
                 mix_and_erase(

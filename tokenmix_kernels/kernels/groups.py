@@ -37,7 +37,6 @@ class Constants(NamedTuple):
     SHIFTED: int = 1 << 16
     MOST_SAMPLES: float = 64.0  # of a map along one axis of a token
     NONE: int = 0x7FFF0000
-    UNFIT: int = 0x7FFFFFFF
     AWAY: int = -64
     UNIT: float = 2.0**-16
     ERASE_TRIES: int = 10
@@ -100,9 +99,8 @@ class EvidencePointers(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Device tables of `tables.py`: aspect ratios, quantiles of lam for Mixup and for the second branch (or None)."""
+    """Device tables of `tables.py`: quantiles of lam for Mixup and for the second branch (or None)."""
 
-    ratio: Any
     mixup: Any
     cutmix: Any
 
@@ -204,6 +202,7 @@ class Tile(NamedTuple):
     PACK: int
     TOGETHER: int
     AHEAD: int
+    TARGETS_FIRST: bool
 
 
 class Rule(NamedTuple):

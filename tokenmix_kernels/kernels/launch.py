@@ -100,8 +100,8 @@ def launch_shape(
         dtype, less where tokens are narrower. COLS by LINES: the tile; few lines where much is held for each. TOGETHER:
         tiles that are loaded before the first of them is stored. ROWS:
         token rows of a program. PIXELS: programs of a sample that move pixels. PACK: values that are moved as one
-        64-bit word. AHEAD: lines of pixels that a program prefetches. WORD_ROWS grid rows are in one word of the mask,
-        which has WORDS words.
+        64-bit word. AHEAD: lines of pixels that a program prefetches. TARGETS_FIRST: order of the programs. WORD_ROWS
+        grid rows are in one word of the mask, which has WORDS words.
     """
     warps = 4
     grid_h, grid_w = height // patch, width // patch
@@ -130,11 +130,15 @@ def launch_shape(
     together = 1 if nhwc and out_bytes == 4 else 3  # what 64 registers hold
     # All programs that run at once ask for a fifth of the L2 cache: with more, it throws lines out before their use.
     ahead = 0
+    places = card.multiprocessors * (1024 // (32 * warps))
     if dense and card.ptx and not in_place:
-        at_once = min(batch * programs, card.multiprocessors * (1024 // (32 * warps)))
+        at_once = min(batch * programs, places)
         ahead = card.l2_bytes // (5 * max(1, at_once) * channels * width * in_bytes)
         ahead = min(ahead, (grid_h - (programs - 1) * rows) * patch)
-    return Tile(vec, cols, lines, rows, programs, pack, together, ahead), word_rows, max(8, words), warps
+    # The last to come issue first, which counts from 3 a multiprocessor on. Without room for all, targets can wait.
+    targets_first = 3 * card.multiprocessors <= batch * (programs + 2) <= places
+    tile = Tile(vec, cols, lines, rows, programs, pack, together, ahead, targets_first)
+    return tile, word_rows, max(8, words), warps
 
 
 @lru_cache(maxsize=64)
@@ -203,9 +207,8 @@ def fixed_part(
         BOX_FORMAT=BOX_FORMATS.index(box_format),
     )
     tables = Tables(
-        ratio=device_table("ratio", 0.0, device) if settings.mask_type == "block" else None,
-        mixup=device_table("beta", settings.mixup_alpha, device) if has_mixup else None,
-        cutmix=device_table("beta", settings.cutmix_alpha, device) if drawn_lam else None,
+        mixup=device_table(settings.mixup_alpha, device) if has_mixup else None,
+        cutmix=device_table(settings.cutmix_alpha, device) if drawn_lam else None,
     )
     options: dict[str, Any] = {
         "num_warps": warps,
