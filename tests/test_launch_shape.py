@@ -54,7 +54,7 @@ def test_nothing_is_prefetched_where_it_would_be_in_vain(without):
 )  # fmt: skip
 def test_targets_come_first_where_there_are_many_programs_with_room_for_all(batch, in_bytes, card, first):
     tile = shape(batch, in_bytes, card=card)
-    assert tile.TARGETS_FIRST == first
+    assert first == tile.TARGETS_FIRST
     assert not first or batch * (tile.PIXELS + 2) <= 8 * card.multiprocessors
 
 
