@@ -1,4 +1,7 @@
-"""A window of four tries of the block mask, in Triton. All programs of a batch wait for a chain of these."""
+"""A window of four tries of the block mask, in Triton. All programs of a batch wait for a chain of these.
+
+Beside the loop in `reference.draw.union_of_rectangles`.
+"""
 
 import triton
 import triton.language as tl

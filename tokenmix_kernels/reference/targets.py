@@ -1,6 +1,6 @@
 """Weights and soft targets on the CPU. Beside `kernels/targets.py`.
 
-What has one or two numbers for each sample is computed in NumPy, whose calls on small arrays take a third of PyTorch's.
+One or two numbers for each sample take plain loops or few calls of NumPy: of a small batch, calls are the cost.
 """
 
 import numpy as np
