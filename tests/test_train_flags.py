@@ -14,13 +14,14 @@ import torch
 from train_helpers import MODEL, ROOT, make_folder, tiny
 
 from train import checkpoint, teacher
-from train.config import build_parser, parse
+from train.config import parse
 from train.device import choose_device, start_processes
 from train.evaluate import evaluate_checkpoint
 from train.flags import FIXED, changed_flags, unclassified
 from train.guard import replay_args
 from train.loop import train
 from train.model import load_weights, make_model
+from train.parser import build_parser
 from train.run import build
 from train.step import set_mixing
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import build_parser
 from .data import to_device
+from .parser import build_parser
 from .run import Run, build
 from .step import forward, set_mixing
 from .values import OWN, typed

@@ -7,8 +7,9 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.config import build_parser, parse
+from train.config import parse
 from train.flags import FIXED, GROWING, PER_PROCESS
+from train.parser import build_parser
 
 __all__ = ["DEFAULT", "Plan", "Spec", "load_plan"]
 

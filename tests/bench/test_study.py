@@ -22,8 +22,9 @@ from bench.study.plan import DEFAULT, Plan, Spec, load_plan, settings_digest
 from bench.study.report import page, write_report
 from bench.study.summary import interval, load_summary, summarise
 from train import loop
-from train.config import RECIPES, parse
+from train.config import parse
 from train.flags import FIXED
+from train.parser import RECIPES
 
 ROOT = Path(__file__).parents[2]
 LABELS = [0, 1, 1, 0]

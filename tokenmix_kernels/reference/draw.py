@@ -21,7 +21,7 @@ __all__ = ["Draw", "draw", "partner_of", "philox"]
 
 HEADER, RECTANGLE, TRIES, KEYS = 0, 1, 2, 3  # streams of the random counters
 LOW32 = 0xFFFFFFFF
-AT_ONCE = 12  # counters of `philox_several`
+AT_ONCE = 12  # tries that one sample draws at a time
 HALF, LOW = np.uint64(32), np.uint64(LOW32)
 FACTORS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
 CPU = torch.device("cpu")
@@ -67,30 +67,19 @@ def philox_words(seed: int, samples: Integers, draws: Integers, stream: int) -> 
     return out
 
 
-def philox_one(seed: int, sample: int, draw: int, stream: int) -> list[int]:
-    """`philox` of one counter, in integers: less than arrays cost."""
-    c0, c1, c2, c3 = sample & LOW32, sample >> 32 & LOW32, draw, stream
-    key0, key1 = seed & LOW32, seed >> 32 & LOW32
-    for _ in range(10):
-        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = high >> 32 ^ c1 ^ key0, high & LOW32, low >> 32 ^ c3 ^ key1, low & LOW32
-        key0, key1 = key0 + 0x9E3779B9 & LOW32, key1 + 0xBB67AE85 & LOW32
-    return [c0, c1, c2, c3]
+@lru_cache(maxsize=4)
+def lanes(count: int) -> tuple[int, int, int]:
+    """`count` fields of 64 bits in one integer: all of them 1, all of them LOW32, and 0, 1, 2, ... ."""
+    ones = sum(1 << 64 * lane for lane in range(count))
+    return ones, ones * LOW32, sum(lane << 64 * lane for lane in range(count))
 
 
-@lru_cache(maxsize=1)
-def lanes() -> tuple[int, int, int]:
-    """AT_ONCE fields of 64 bits in one integer: all of them 1, all of them LOW32, and 0, 1, 2, ... ."""
-    ones = sum(1 << 64 * lane for lane in range(AT_ONCE))
-    return ones, ones * LOW32, sum(lane << 64 * lane for lane in range(AT_ONCE))
+def philox_several(seed: int, sample: int, draw: int, stream: int, count: int) -> list[list[int]]:
+    """`philox` of `count` counters of one sample, from `draw` on, which stay below 2**32: [count, 4].
 
-
-def philox_several(seed: int, sample: int, draw: int, stream: int) -> list[list[int]]:
-    """`philox` of AT_ONCE counters of one sample, from `draw` on, which stay below 2**32: [AT_ONCE, 4].
-
-    Each has a field of its own in long integers: all of them for the price of two.
+    Each has a field of its own in long integers: a dozen for the price of two.
     """
-    ones, low32, steps = lanes()
+    ones, low32, steps = lanes(count)
     c0, c1, c2, c3 = (sample & LOW32) * ones, (sample >> 32 & LOW32) * ones, draw * ones + steps, stream * ones
     key0, key1 = seed & LOW32, seed >> 32 & LOW32
     for _ in range(10):
@@ -98,15 +87,14 @@ def philox_several(seed: int, sample: int, draw: int, stream: int) -> list[list[
         c0, c1 = high >> 32 & low32 ^ c1 ^ key0 * ones, high & low32
         c2, c3 = low >> 32 & low32 ^ c3 ^ key1 * ones, low & low32
         key0, key1 = key0 + 0x9E3779B9 & LOW32, key1 + 0xBB67AE85 & LOW32
-    octets = b"".join([pair.to_bytes(8 * AT_ONCE, "little") for pair in (c0 | c1 << 32, c2 | c3 << 32)])
-    words = np.frombuffer(octets, "<u4").reshape(2, AT_ONCE, 2)
-    return words.transpose(1, 0, 2).reshape(AT_ONCE, 4).tolist()
+    shifts = range(0, 64 * count, 64)
+    return [[word >> shift & LOW32 for word in (c0, c1, c2, c3)] for shift in shifts]
 
 
 def first_words(seed: int, samples: Integers, stream: int) -> list[list[int]]:
     """The words of each sample's first draw, [U, 4]."""
     if len(samples) == 1:
-        return [philox_one(seed, int(samples[0]), 0, stream)]
+        return philox_several(seed, int(samples[0]), 0, stream, 1)
     return philox_words(seed, samples, np.zeros(1, np.int64), stream).tolist()
 
 
@@ -189,7 +177,7 @@ def union_of_rectangles(words: dict[int, list[int]], sample: int, seed: int, tok
         failed += 1
         for j in range(4 if failed < 3 else 2):
             if first + j not in words:
-                words.update(enumerate(philox_several(seed, sample, first + j, TRIES), first + j))
+                words.update(enumerate(philox_several(seed, sample, first + j, TRIES, AT_ONCE), first + j))
             row = words[first + j]
             size_word, position_word = row[half_row], row[half_row + 1]
             area = smallest + (remaining - 1) * (size_word >> unused)
