@@ -116,7 +116,7 @@ def empty_images(images: Tensor, dtype: torch.dtype) -> Tensor:
         Not initialised, with the strides of `torch.empty_like`. `resize_` cannot make large results on a CPU larger.
     """
     size = images.numel() * dtype.itemsize
-    if images.device.type != "cpu" or not LEAST <= size <= MOST:
+    if not images.is_cpu or not LEAST <= size <= MOST:
         return torch.empty_like(images, dtype=dtype)
     try:
         raw = POOL.take(size)

@@ -30,7 +30,7 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 
 def halves(seed: Tensor) -> tuple[Any, Any]:
     """(seed, seed_high) as the kernel takes them: two signed 32-bit numbers, or (a pointer, None) on a device."""
-    if seed.device.type != "cpu":
+    if not seed.is_cpu:
         return seed, None
     number = int(seed)
     low = number & 0xFFFFFFFF
@@ -76,7 +76,8 @@ class Relaunch:
         self.labels_stride = arguments["pairs"].labels_stride
         self.numbers = arguments["evidence"][len(Evidence._fields) - 1 :]  # strides and sizes, behind the tensors
         # In the order of the kernel's parameters. What changes from launch to launch is replaced, not kept.
-        self.arguments = arguments | dict.fromkeys(CHANGING)
+        self.values = list((arguments | dict.fromkeys(CHANGING)).values())
+        self.places = [list(arguments).index(name) for name in CHANGING]
         self.runner: Callable[..., None] = compiled[(*launch.grid, 1, 1)]
 
     @classmethod
@@ -115,5 +116,8 @@ class Relaunch:
             images, out, Pairs(labels, self.labels_stride, partner), EvidencePointers(*evidence[:-1], *self.numbers),
             mask, results, seed_low, seed_high, sample_offset,
         )  # fmt: skip
-        self.runner(*(self.arguments | dict(zip(CHANGING, changing, strict=True))).values())
+        values = self.values.copy()
+        for place, value in zip(self.places, changing, strict=True):
+            values[place] = value
+        self.runner(*values)
         return True
