@@ -19,6 +19,7 @@ COMMANDS = {
     "count": ("ptx.count", "count registers, memory accesses and instructions of the compiled kernel"),
     "growth_counts": ("ptx.growth_counts", "count against batch, image size, grid and classes"),
     "simulate": ("ptx.simulate", "simulate the compiled kernel's time on models of an A100 and an H100"),
+    "stale": ("stale", "list result files whose measured code has changed since: exit status 1 if any has"),
     "report": ("report", "write the tables of docs/performance.md from result files, or check them"),
 }
 

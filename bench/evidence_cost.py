@@ -10,7 +10,6 @@ the hook computes, and the targets; mixing too, which gives shares of tokens for
 """
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -27,6 +26,8 @@ from torch import Tensor, nn
 from tokenmix_kernels import ClassAttention, TokenMix
 from train.config import parse
 from train.evidence import AttentionEvidence
+
+from .machine import write_json
 
 CLASSES = 4
 WARM_UP = 2
@@ -140,7 +141,7 @@ def main() -> None:
     for name, value in result.items():
         print(f"{name:<26}{value:.4g}" if isinstance(value, float) else f"{name:<26}{value}")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

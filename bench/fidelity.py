@@ -8,7 +8,6 @@ pixels).
 """
 
 import argparse
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from train.config import parse
 from train.data import Data, load_data
 from train.teacher import LITE0, LITE0_MEAN, LITE0_STD, Teacher, fit_probe, make_teacher, weights_file, whole_maps
 
-from .machine import describe
+from .machine import describe, write_json
 
 CPU = torch.device("cpu")
 FEW = 100  # labelled photographs of the weaker teacher
@@ -109,7 +108,6 @@ def main() -> None:
             }
         )
         print(f"{name:45} mean |error| {rows[-1]['mean_error']:.4f}   95 % below {rows[-1]['p95_error']:.4f}")
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "kind": "fidelity",
         "command": f"python -m bench.fidelity --images {asked.images}",
@@ -118,8 +116,7 @@ def main() -> None:
         "truth": "float32 18x18",
         "rows": rows,
     }
-    asked.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {asked.out}")
+    write_json(asked.out, record)
 
 
 if __name__ == "__main__":

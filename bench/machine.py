@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .cases import Case
+from .fingerprint import measured
 
 __all__ = ["describe", "described_case", "write_csv", "write_json"]
 
@@ -54,9 +55,17 @@ def described_case(case: Case) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a record, whole or not at all."""
+def write_json(path: Path, record: dict[str, Any], anew: bool = True) -> None:
+    """Write a record with the fingerprint of the code that it measured, whole or not at all.
+
+    Args:
+        path: of the file.
+        record: what it will hold. Its `kind` says which code that is.
+        anew: all figures are of this run. Otherwise the fingerprint that the file has stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    code = measured(record["kind"]) if anew else json.loads(path.read_text()).get("measured")
+    record = {"kind": record["kind"], "measured": code, **record}
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
     part.replace(path)

@@ -8,6 +8,7 @@ folder with the modules `ptxsim`, `ptxsim_sass` and `ptxsim_timing`. Figures are
 import argparse
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..machine import describe, write_json
 from .copies import Baselines, baseline_of
 from .simulator import Simulator, load_simulator
 
-__all__ = ["BARS", "CARDS", "NOMINAL", "add_arguments", "main", "simulate_case"]
+__all__ = ["BARS", "CARDS", "NOMINAL", "add_arguments", "changed_rows", "main", "simulate_case"]
 
 CARDS = {"A100": 80, "H100": 90}
 SHAPES = {"A100": Card(108, 40 << 20, True), "H100": Card(132, 50 << 20, True)}
@@ -84,6 +85,26 @@ def code_of(simulator: Simulator, compiled: Any, launch: Launch, baselines: Base
     return hashlib.sha256("\n".join([*code, str(launch.grid), baselines.digest]).encode()).hexdigest()[:16]
 
 
+def compiled_case(simulator: Simulator, case: Case, card: str) -> tuple[Launch, Any]:
+    """The launch of a case on a card, and what is compiled for it."""
+    launch = launch_of(case, card=SHAPES[card])
+    return launch, simulator.ptxsim.compile_kernel(launch.kernel, launch.args, arch=CARDS[card], **launch.options)
+
+
+def changed_rows(folder: Path, path: Path) -> list[str]:
+    """The rows of a result file whose machine code, launch or baselines are others today; nothing is simulated."""
+    torch.set_num_threads(1)
+    simulator, known, changed = load_simulator(folder), known_rows(path), []
+    baselines = Baselines(simulator, Path(os.devnull))
+    for case in tqdm(SIMULATED.values(), unit="case", disable=None):
+        for card in CARDS:
+            launch, compiled = compiled_case(simulator, case, card)
+            code = code_of(simulator, compiled, launch, baselines)
+            names = [name for name in rows_of(case) if known.get((name, card), {}).get("code") != code]
+            changed += [f"{name} on {card}" for name in names]
+    return changed
+
+
 def simulate_case(
     simulator: Simulator, baselines: Baselines, case: Case, card: str, names: Iterable[str], sensitivities: bool,
     known: dict[tuple[str, str], dict[str, Any]],
@@ -102,8 +123,7 @@ def simulate_case(
     Returns:
         One row for each name. `by_assumption` holds the ratio of cycles to the baseline's under each assumption.
     """
-    launch = launch_of(case, card=SHAPES[card])
-    compiled = simulator.ptxsim.compile_kernel(launch.kernel, launch.args, arch=CARDS[card], **launch.options)
+    launch, compiled = compiled_case(simulator, case, card)
     code = code_of(simulator, compiled, launch, baselines)
     wanted = {k: change for k, change in assumptions(simulator.timing, card).items() if sensitivities or k == NOMINAL}
     before = [known.get((name, card), {}) for name in names]
@@ -192,6 +212,7 @@ def main(asked: argparse.Namespace) -> None:
     ]
     started = time.perf_counter()
     known = known_rows(asked.out)
+    left = set(keys()) & known.keys()  # not yet looked at by this run
     record: dict[str, Any] = {
         "kind": "simulated",
         "command": "python -m bench simulate --ptxsim DIR" + (" --sensitivities" if asked.sensitivities else ""),
@@ -206,7 +227,8 @@ def main(asked: argparse.Namespace) -> None:
         for row in rows:
             tqdm.write(line(row, time.perf_counter() - begun))
         known |= {(row["case"], card): row for row in rows}
+        left -= {(row["case"], card) for row in rows}
         record["rows"] = [known[key] for key in keys() if key in known]
         record["seconds"] = round(time.perf_counter() - started)
         if not asked.quick:
-            write_json(asked.out, record)  # after each case: a run that is stopped keeps what it has
+            write_json(asked.out, record, anew=not left)  # after each case: a run that is stopped keeps what it has
