@@ -31,7 +31,8 @@ SIZED_BY_VALUES = {
     aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default,
     aten.repeat_interleave.Tensor, aten.bincount.default,
 }  # fmt: skip
-HIDDEN = ("pretend_tensor", "pretend_cuda", "/torch/")  # files that are not who read
+# Files that are not who read.
+HIDDEN = ("pretend_tensor", "pretend_cuda", "pretend_kernels", "pretend_processes", "/torch/")
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 
 

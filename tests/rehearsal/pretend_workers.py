@@ -1,6 +1,7 @@
 """What a process does that a test starts: train on a pretended GPU of its own."""
 
-from pretend_cuda import data_parallel, pretended_gpus
+from pretend_cuda import pretended_gpus
+from pretend_processes import data_parallel
 
 from train.config import parse
 from train.loop import train

@@ -3,45 +3,13 @@
 import pytest
 import torch
 from mix_helpers import LAYOUTS, random_boxes, random_images
-from pretend_cuda import pretended_gpus
 from pretend_tensor import HostRead, held, no_host_reads, to_gpu
-from timm.data import FastCollateMixup
-from torch.utils._pytree import tree_flatten
-from torch.utils.data import Dataset
+from rehearsal_helpers import BATCH, CLASSES, assert_same, random_maps
 
-from tokenmix_kernels import (
-    TokenMix,
-    TopKMaps,
-    attention_targets,
-    call,
-    pool_targets,
-    progressive_ratio,
-    token_mask,
-    tokenmix,
-)
-from tokenmix_kernels.kernels import launch
-from tokenmix_kernels.timm_data import create_loader
-from tokenmix_kernels.timm_loader import TokenMixLoader
+from tokenmix_kernels import TokenMix, attention_targets, pool_targets, progressive_ratio, token_mask, tokenmix
 
-BATCH, CLASSES = 6, 5
 MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)
 MASK_TYPES = ("block", "random", "grid", "cutmix")
-
-
-def random_maps(form):
-    source = torch.Generator().manual_seed(5)
-    shape = {"own": (7, 9), "all": (CLASSES, 7, 9), "topk": (3, 7, 9), "bank": (7, 9)}[form]
-    values = torch.rand(4 if form == "bank" else BATCH, *shape, generator=source)
-    if form != "topk":
-        return values
-    return TopKMaps(values, torch.randint(0, CLASSES, values.shape, generator=source))
-
-
-def assert_same(got, expected):
-    for one, other in zip(got, expected, strict=True):
-        assert one.device == torch.device("cuda:0")
-        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
-        assert torch.equal(held(one), other)
 
 
 @pytest.mark.parametrize("seeded", ["integer", "tensor", "tensor on the GPU"])
@@ -202,25 +170,6 @@ def test_attention_targets_of_a_mixpro_step(gpu):
     assert {name for name, *_ in gpu.launches} == {"mix_kernel", "attention_kernel"}
 
 
-@pytest.mark.parametrize("place", ["fresh", "out", "in place"])
-def test_a_captured_mix_draws_anew_at_each_replay(gpu, place):
-    mix = TokenMix(mixup_alpha=0.0, num_classes=CLASSES, mode="elem", patch_size=4, minimum_tokens=2)
-    source, labels = torch.randn(BATCH, 3, 32, 32), to_gpu(torch.arange(BATCH) % CLASSES)
-    images = to_gpu(source.clone())
-    out = {"fresh": None, "out": to_gpu(torch.empty_like(source)), "in place": images}[place]
-    mix(images, labels, out=out)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        mixed, _ = mix(images, labels, out=out)
-    seen = []
-    for _ in range(4):
-        images.copy_(source)
-        graph.replay()
-        seen.append(held(mixed).clone())
-        assert torch.equal(torch.where(held(mixed) != source, source.flip(0), source), held(mixed))
-    assert len(torch.unique(torch.stack(seen).flatten(1), dim=0)) == 4
-
-
 @pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 def test_every_backend(gpu, backend):
     images, labels = random_images((BATCH, 3, 32, 48)), torch.arange(BATCH) % CLASSES
@@ -298,127 +247,3 @@ def test_the_stand_in_finds_what_it_is_there_to_find(gpu):
     with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         there.sum().item()
     assert not isinstance(there + 1, torch.nn.Parameter) and (there + 1).is_cuda
-
-
-def test_a_loader_mixes_the_next_batch_on_the_gpu(gpu):
-    generator = torch.Generator().manual_seed(0)
-    batches = [(random_images((4, 3, 32, 32), torch.uint8, seed=seed), torch.arange(4) % CLASSES) for seed in range(3)]
-    mix = TokenMix(num_classes=CLASSES, patch_size=8, mode="elem", mixup_alpha=0)
-    there = [(images.pin_memory(), labels.pin_memory()) for images, labels in batches]
-    options = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.3)}
-    loader = TokenMixLoader(there, mix, device="cuda", generator=generator, **options)
-    got = list(loader)
-    with no_host_reads():
-        again = list(loader)
-    generator.manual_seed(0)
-    expected = list(TokenMixLoader(batches, mix, device="cpu", generator=generator, **options))
-    for one, other in zip(got, expected, strict=True):
-        assert_same(one, other)
-    assert len(again) == 3
-
-
-def test_a_batch_of_timms_loader_is_one_launch_on_the_gpu(gpu, monkeypatch):
-    """What train.py gets with one import changed: a copy to the device, and one kernel."""
-    collate = FastCollateMixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=CLASSES)
-    dataset = [(image.numpy(), n % CLASSES) for n, image in enumerate(random_images((8, 3, 32, 32), torch.uint8))]
-    # timm's statistics are made on the device; its own loop is not used.
-    loader = create_loader(
-        Listed(dataset), (3, 32, 32), 4, is_training=True, collate_fn=collate, num_workers=0,
-        device=torch.device("cuda"), img_dtype=torch.float16, mix={"patch_size": 8},
-    )  # fmt: skip
-    before = len(gpu.launches)
-    batches = list(loader)
-    assert [name for name, *_ in gpu.launches[before:]] == ["mix_kernel"] * 2
-    for images, targets in batches:
-        assert images.is_cuda and images.dtype == torch.float16 and targets.shape == (4, CLASSES)
-
-
-class Listed(Dataset):
-    """Samples of a list; timm sets a transform, which is not used."""
-
-    def __init__(self, samples):
-        self.samples = samples
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        return self.samples[index]
-
-
-def test_a_second_launch_of_a_form_goes_to_the_compiled_kernel_at_once(gpu, monkeypatch):
-    """Triton's look at all arguments is left out: seeds, offsets, values and addresses of the second call count."""
-    prepared = []
-    prepare = launch.prepare
-    monkeypatch.setattr(launch, "prepare", lambda *given: prepared.append(1) or prepare(*given))
-    mix = TokenMix(num_classes=CLASSES, patch_size=8, mode="elem", return_mix=True)
-    for step in range(4):
-        images, labels = random_images((BATCH, 3, 32, 48), seed=step), (torch.arange(BATCH) + step) % CLASSES
-        maps = torch.rand(BATCH, 7, 9, generator=torch.Generator().manual_seed(step))
-        boxes, partner = random_boxes(BATCH), torch.arange(BATCH).roll(step)
-        places = {"maps": maps, "boxes": boxes, "partner": partner}
-        expected = mix(images, labels, **places, seed=step - 2, sample_offset=7 * step)
-        images, labels, places = to_gpu((images, labels, places))
-        with no_host_reads():
-            got = mix(images, labels, **places, seed=step - 2, sample_offset=7 * step)
-        assert_same(got[:2], expected[:2])
-        assert_same((got[2].mask, got[2].kind, got[2].lam), (expected[2].mask, expected[2].kind, expected[2].lam))
-    assert len(prepared) == 1
-    assert len(gpu.launches) == 4
-
-
-@pytest.mark.parametrize("change", ["address", "offset", "seed on the GPU", "in place", "partner"])
-def test_what_triton_compiles_apart_is_not_relaunched(gpu, monkeypatch, change):
-    prepared = []
-    prepare = launch.prepare
-    monkeypatch.setattr(launch, "prepare", lambda *given: prepared.append(1) or prepare(*given))
-    images, labels = random_images((BATCH, 3, 32, 48)), torch.arange(BATCH) % CLASSES
-    options = {"num_classes": CLASSES, "patch_size": 8, "mode": "elem", "seed": 3, "sample_offset": 0}
-    given = to_gpu(images.clone()), to_gpu(labels)
-    for _ in range(2):
-        tokenmix(*given, **options)
-    assert len(prepared) == 1
-    changed = dict(options)
-    if change == "address":
-        moved = to_gpu(torch.cat([torch.zeros(1), images.flatten()]))[1:].view(images.shape)
-        given = moved, given[1]
-    elif change == "offset":
-        options["sample_offset"] = changed["sample_offset"] = 1 << 31
-    elif change == "seed on the GPU":
-        changed["seed"] = to_gpu(torch.tensor(3))
-    elif change == "in place":
-        changed["out"] = given[0]
-    else:
-        options["partner"] = torch.arange(BATCH).roll(2)
-        changed["partner"] = to_gpu(options["partner"])
-    expected = tokenmix(images, labels, **options)
-    with no_host_reads():
-        got = tokenmix(*given, **changed)
-    assert len(prepared) == 2
-    assert_same(got, expected)
-
-
-def test_a_form_keeps_no_tensors(gpu):
-    images, labels, maps = to_gpu((random_images((2, 3, 32, 48)), torch.arange(2), torch.rand(2, 7, 9)))
-    partner = to_gpu(torch.tensor([1, 0]))
-    mask = to_gpu(torch.rand(2, 4, 6) < 0.5)
-    mixed = tokenmix(images, labels, maps=maps, mask=mask, partner=partner, num_classes=CLASSES, patch_size=8)
-    (form,) = call.PASSED.values()
-    kept = {id(leaf) for leaf in tree_flatten(list(vars(form.relaunch).values()))[0]}
-    assert not kept & {id(tensor) for tensor in (images, labels, maps, mask, partner, *mixed)}
-
-
-def test_a_launch_goes_to_the_gpu_of_the_images():
-    """Not to the current one: Triton would launch there, on memory of another GPU."""
-    images, labels = random_images((BATCH, 3, 32, 48)), torch.arange(BATCH) % CLASSES
-    options = {"num_classes": CLASSES, "patch_size": 8, "seed": 3}
-    expected = tokenmix(images, labels, **options)
-    with pretended_gpus(2):
-        for device in ("cuda:1", "cuda:1", "cuda:0"):
-            got = tokenmix(images.to(device), labels.to(device), **options)
-            assert got.images.device == torch.device(device)
-            assert torch.equal(held(got.images), expected.images)
-            attention = torch.ones(BATCH, 24, device=device)
-            targets = attention_targets(attention, got.mask, labels.to(device), num_classes=CLASSES)
-            assert targets.device == torch.device(device)
-            assert torch.cuda.current_device() == 0
