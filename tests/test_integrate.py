@@ -4,7 +4,10 @@ import importlib.util
 import re
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from textwrap import dedent
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,7 +111,37 @@ def test_timm(run):
     assert names["targets"].shape == (4, CLASSES)
 
 
+def hunks_of(diff):
+    """(first line before, first line after, lines more, what is added) of each hunk; its header counts its lines."""
+    for head, body in re.findall(r"^@@ (.+?) @@\n(.*?)(?=^@@|\Z)", diff, re.S | re.M):
+        old, old_count, new, new_count = (int(number) for number in re.findall(r"\d+", head))
+        lines = body.splitlines()
+        assert (old_count, new_count) == tuple(sum(line[:1] != sign for line in lines) for sign in "+-")
+        yield old, new, new_count - old_count, "\n".join(line[1:] for line in lines if line[:1] == "+")
+
+
+def check_diff_of_train_py(diff, name):
+    """What `git apply` reads in it fits together, and the added lines obey the script's flags."""
+    starts, ends, more, added = zip(*hunks_of(diff), strict=True)
+    assert [end - start for start, end in zip(starts, ends, strict=True)] == [0, *accumulate(more)][:-1]
+    (made,) = (lines for lines in added if "TokenMix(" in lines)
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 64, 64)
+    for mixup, cutmix in ((0.2, 1.0), (0.0, 1.0), (0.2, 0.0), (0.0, 0.0)):
+        names = {"args": SimpleNamespace(mixup_alpha=mixup, cutmix_alpha=cutmix), "num_classes": 5}
+        exec(re.search(r"^from tokenmix.+", added[0], re.M)[0] + "\n" + dedent(made), names)
+        assert names["mixup_cutmix"] is None or name == "mixup_cutmix", "mixed in the workers and on the device"
+        seen = set()
+        for seed in range(20 if names[name] is not None else 0):
+            mixed, targets = names[name](images, torch.arange(4), seed=seed)
+            assert ((targets > 0).sum(1) <= 2).all(), "smoothed, which the script's loss does again"
+            seen.add("mixup" if (mixed == mixed[..., :1, :1]).all() else "tokens")
+        assert seen == {kind for kind, alpha in (("mixup", mixup), ("tokens", cutmix)) if alpha}
+
+
 def test_torchvision(run):
+    in_workers, on_device = re.findall(r"```diff\n(---.*?)```", SECTIONS["torchvision"], re.S)
+    check_diff_of_train_py(in_workers, "mixup_cutmix")
+    check_diff_of_train_py(on_device, "mix")
     names = run("torchvision")
     pictures = names["data_loader"].dataset
     image, target = names["collate_fn"]([pictures[n] for n in range(4)])

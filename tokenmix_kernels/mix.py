@@ -287,7 +287,8 @@ def tokenmix(
             of it, the worker's own seed is added.
         sample_offset: global index of the batch's first sample; part of the random counters, so that the parts of a
             batch that is spread over processes draw (mode 'elem') what the whole batch would. Not given: B times the
-            rank where torch.distributed is initialised, so that every rank has masks of its own, else 0.
+            rank where torch.distributed is initialised, so that every rank has masks of its own, else 0. A spawned
+            worker of a DataLoader does not know its rank: seed by rank there.
         out: where the mixed images go. `images` itself mixes in place; partners must then be mutual.
         backend: 'auto' (kernels on a GPU, else the reference), 'reference', or 'triton' (the kernels, on CPU tensors
             under Triton's interpreter).
