@@ -68,7 +68,7 @@ def draw_rectangles(key, sample, wanted, erasing, GRID: tl.constexpr, RULE: tl.c
         left, right = tl.where(fits, new_left, left), tl.where(fits, new_left + w, right)
         waiting = waiting & ~fits
         tries += 1
-    return Erased(key, sample, erasing.normals, top, bottom, left, right)
+    return Erased(key, sample, erasing.segments, top, bottom, left, right)
 
 
 @triton.jit
@@ -97,33 +97,52 @@ def last_rectangle(erased, y, x, COUNT: tl.constexpr):
 
 
 @triton.jit
-def normal(normals, words, channel):
-    """Numbers of the standard normal distribution: 12 bits choose one of the table, one its sign."""
+def normal(segments, words):
+    """Numbers of the standard normal distribution for random words of 16 bits. See `tables.normal_table`.
+
+    A word's exponent and first bits as a float say its segment, the 12 bits that follow its place on it.
+    """
+    BITS: tl.constexpr = CONST.value.SEGMENT_BITS
+    number = (words | 0x4B000001).to(tl.float32, bitcast=True) - 8388608.0
+    bits = number.to(tl.int32, bitcast=True)
+    both = tl.load(segments + ((bits >> (23 - BITS)) - (127 << BITS)))
+    height = (both & 0xFFFFFFFF).to(tl.int32) - (((both >> 32).to(tl.int32) * ((bits >> 8) & 0xFFF)) >> 12)
+    upper = height.to(tl.float32) * (2.0**-20)
+    return tl.where((words & 1) != 0, -upper, upper)
+
+
+@triton.jit
+def side_by_side(words):
+    """The halves of four words [LINES, N] as [LINES, 8 * N], lower halves first."""
     w0, w1, w2, w3 = words
-    place = channel % 8
-    word = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
-    half = tl.where(place % 2 == 0, word, word >> 16) & 0xFFFF
-    number = tl.load(normals + (half >> 4).to(tl.int32))
-    return tl.where((half & 8) != 0, -number, number)
+    whole = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return tl.interleave(whole & 0xFFFF, whole >> 16)
 
 
 @triton.jit
-def random_words(erased, y, x, last, group, GRID: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr):
-    """Four random words for eight channels of the pixels (y, x): their own, or those of the rectangle they are in."""
-    GROUPS: tl.constexpr = (C + 7) // 8
+def half_of(words, n):
+    """The n-th half of four words, lower halves first."""
+    w0, w1, w2, w3 = words
+    word = tl.where(n < 4, tl.where(n < 2, w0, w1), tl.where(n < 6, w2, w3))
+    return tl.where(n % 2 == 0, word, word >> 16) & 0xFFFF
+
+
+@triton.jit
+def noise(
+    erased, y, eight, n, channel, GRID: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, RULE: tl.constexpr
+):  # fmt: skip
+    """What a channel of the n-th rectangle becomes: one number, or one for each pixel of lines y and columns in eights.
+
+    A draw has numbers for eight pixels of a line, whose first column is a multiple of eight, or for eight channels.
+    """
     if RULE.ERASE == CONST.value.ERASE_PIXEL:
-        words = philox(erased.key, erased.sample, (y * GRID.W + x) * GROUPS + group, CONST.value.NOISE)
+        place = (y * ((GRID.W + 7) // 8) + eight) * C + channel
+        number = normal(erased.segments, side_by_side(philox(erased.key, erased.sample, place, CONST.value.NOISE)))
+    elif RULE.ERASE == CONST.value.ERASE_CONST:
+        number = tl.zeros([], tl.float32)
     else:
-        words = philox(erased.key, erased.sample, last * GROUPS + group, CONST.value.COLOUR)
-    return words
-
-
-@triton.jit
-def noise(normals, words, channel, DTYPE: tl.constexpr, RULE: tl.constexpr):
-    """What erased pixels of a channel become."""
-    number = words[0].to(tl.float32) * 0.0
-    if RULE.ERASE != CONST.value.ERASE_CONST:
-        number = normal(normals, words, channel)
+        words = philox(erased.key, erased.sample, n * ((C + 7) // 8) + channel // 8, CONST.value.COLOUR)
+        number = normal(erased.segments, half_of(words, channel % 8))
     return number.to(DTYPE)
 
 
@@ -131,7 +150,7 @@ def noise(normals, words, channel, DTYPE: tl.constexpr, RULE: tl.constexpr):
 def chosen(first, one, other):
     """What is erased of one image, or of the other."""
     return Erased(
-        one.key, tl.where(first, one.sample, other.sample), one.normals, tl.where(first, one.top, other.top),
+        one.key, tl.where(first, one.sample, other.sample), one.segments, tl.where(first, one.top, other.top),
         tl.where(first, one.bottom, other.bottom), tl.where(first, one.left, other.left),
         tl.where(first, one.right, other.right),
     )  # fmt: skip
@@ -167,62 +186,66 @@ def erase_rows(
     place, where pixels are erased before they move, both images become noise.
     """
     P: tl.constexpr = GRID.P
-    C: tl.constexpr = LAYOUT.C
     IN_PLACE: tl.constexpr = LAYOUT.IN_PLACE
     BLENDS: tl.constexpr = RULE.HAS_MIXUP and not IN_PLACE
     COUNT: tl.constexpr = RULE.ERASE_COUNT
     LINES: tl.constexpr = min(8, triton.next_power_of_2(P))
-    COLS: tl.constexpr = 256 // LINES
+    EIGHTS: tl.constexpr = min(128 // LINES, triton.next_power_of_2((GRID.W + 7) // 8))
+    # Then a lane's eight pixels are stored as one piece of memory, those beside the rectangle as they were.
+    WHOLE: tl.constexpr = LAYOUT.OW == 1 and GRID.W % 8 == 0
     DTYPE: tl.constexpr = pixels.out.dtype.element_ty
     WIDE: tl.constexpr = tl.float64 if pixels.images.dtype.element_ty == tl.float64 else tl.float32
     blends = (drawn.kind == CONST.value.MIXUP) & (i != j)
     start = program * (TILE.ROWS * P)
     end = start + TILE.ROWS * P  # rectangles end with the image
-    n = tl.zeros([], tl.int32)
-    while n < 2 * COUNT:
-        of_own = n < COUNT
+    count = tl.zeros([], tl.int32)
+    while count < 2 * COUNT:
+        of_own = count < COUNT
+        n = count % COUNT
         mine, theirs = chosen(of_own, erased, erased_j), chosen(of_own, erased_j, erased)
-        target = tl.where(of_own, i, j) if IN_PLACE else i
-        top, bottom, left, right = rectangle(mine, n % COUNT, COUNT)
+        target, source = tl.where(of_own, i, j) if IN_PLACE else i, tl.where(of_own, j, i)
+        top, bottom, left, right = rectangle(mine, n, COUNT)
         line, bottom = tl.maximum(top, start), tl.minimum(bottom, end)
         while line < bottom:
             row = line // P
-            next_line = tl.minimum(line + LINES, (row + 1) * P)
+            next_line = tl.minimum(tl.minimum(line + LINES, (row + 1) * P), bottom)
             y = line + tl.arange(0, LINES)[:, None]
-            column = left
-            while column < right:
-                x = column + tl.arange(0, COLS)[None, :]
+            first = left // 8
+            while first * 8 < right:
+                eight = first + tl.arange(0, EIGHTS)[None, :]
+                x = first * 8 + tl.arange(0, 8 * EIGHTS)[None, :]
                 # Where rectangles overlap, the last one writes.
-                wanted = (y < next_line) & (y < bottom) & (x < right) & (last_rectangle(mine, y, x, COUNT) == n % COUNT)
+                wanted = (y < next_line) & (last_rectangle(mine, y, x, COUNT) == n)
                 if IN_PLACE:
                     wanted = wanted & (of_own | (i != j))
                 else:
                     wanted = wanted & (blends | (from_partner(drawn, y, x, row, GRID, RULE) ^ of_own))
+                last = n
                 if BLENDS:
                     last = last_rectangle(theirs, y, x, COUNT)
                     wanted = wanted & (~blends | of_own | (last < 0))
-                place = target * pixels.out_stride + y.to(tl.int64) * LAYOUT.OH + x.to(tl.int64) * LAYOUT.OW
-                for group in tl.static_range((C + 7) // 8):
-                    words = random_words(mine, y, x, n % COUNT, group, GRID, C, RULE)
-                    for channel in tl.static_range(8 * group, min(C, 8 * group + 8)):
-                        value = tl.broadcast_to(noise(mine.normals, words, channel, DTYPE, RULE), wanted.shape)
-                        if BLENDS:  # noqa: SIM102, this is known at compile time
-                            if blends:
-                                both = random_words(theirs, y, x, last, group, GRID, C, RULE)
-                                other = blend_source(
-                                    pixels, tl.where(of_own, j, i), y, x, channel, wanted & (last < 0), LAYOUT, TILE,
-                                    WIDE,
-                                )  # fmt: skip
-                                fill = noise(theirs.normals, both, channel, DTYPE, RULE).to(WIDE)
-                                other = tl.where(last < 0, other, fill)
-                                own = value.to(WIDE)
-                                value = blend(
-                                    tl.where(of_own, own, other), tl.where(of_own, other, own), drawn.lam
-                                ).to(DTYPE)  # fmt: skip
-                        tl.store(pixels.out + (place + channel * LAYOUT.OC), value, wanted)
-                column += COLS
+                near = (y < next_line) & (x < (right + 7) // 8 * 8) if WHOLE else wanted
+                place = pixels.out + (target * pixels.out_stride + y.to(tl.int64) * LAYOUT.OH + x.to(tl.int64) * LAYOUT.OW)
+                for channel in tl.static_range(LAYOUT.C):
+                    value = noise(mine, y, eight, n, channel, GRID, LAYOUT.C, DTYPE, RULE)
+                    if BLENDS:  # noqa: SIM102, this is known at compile time
+                        if blends:
+                            other = blend_source(pixels, source, y, x, channel, near, LAYOUT, TILE, WIDE)
+                            fill = noise(theirs, y, eight, last, channel, GRID, LAYOUT.C, DTYPE, RULE)
+                            other = tl.where(last < 0, other, fill.to(WIDE))
+                            own = value.to(WIDE)
+                            value = blend(
+                                tl.where(of_own, own, other), tl.where(of_own, other, own), drawn.lam
+                            ).to(DTYPE)  # fmt: skip
+                    if WHOLE:
+                        value = tl.where(wanted, value, tl.load(place + channel * LAYOUT.OC, near, 0))
+                    value = tl.broadcast_to(value, wanted.shape)
+                    tl.store(place + channel * LAYOUT.OC, value, near)
+                first += EIGHTS
             line = next_line
-        n += 1
+        count += 1
+        if WHOLE:
+            tl.debug_barrier()  # the next rectangle may lie in the same eights
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import triton.language as tl
 
 from ..settings import BATCH, COPY, ERASE_MODES, MIXUP, PAIR
-from ..tables import BETA_BITS, RATIO_BITS
+from ..tables import BETA_BITS, RATIO_BITS, SEGMENT_BITS
 
 __all__ = [
     "CONST", "Draw", "Erased", "Erasing", "EvidencePointers", "Grid", "Layout", "MapForm", "Normalisation", "Pairs",
@@ -34,6 +34,7 @@ class Constants(NamedTuple):
     RATIO_BITS: int = RATIO_BITS
     RATIO_MASK: int = (1 << RATIO_BITS) - 1
     BETA_BITS: int = BETA_BITS
+    SEGMENT_BITS: int = SEGMENT_BITS
     SHIFTED: int = 1 << 16
     MOST_SAMPLES: float = 64.0  # of a map along one axis of a token
     NONE: int = 0x7FFF0000
@@ -135,7 +136,7 @@ class Erasing(NamedTuple):
     """The tables of `tables.erasing_tables` and the numbers of `settings.ErasePlan`."""
 
     aspects: Any
-    normals: Any
+    segments: Any
     erases: Any
     low: Any
     span: Any
@@ -148,7 +149,7 @@ class Erased(NamedTuple):
 
     key: Any
     sample: Any
-    normals: Any
+    segments: Any
     top: Any
     bottom: Any
     left: Any
