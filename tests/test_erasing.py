@@ -13,7 +13,7 @@ from tokenmix_kernels import RandomErasing, TokenMix, tokenmix
 from tokenmix_kernels.erasing import erase_settings
 from tokenmix_kernels.reference.erasing import draw_rectangles, noise
 from tokenmix_kernels.settings import ERASE_MODES, Settings
-from tokenmix_kernels.tables import aspect_table, normal_table, ratio_table
+from tokenmix_kernels.tables import aspect_table, normal_segments, normal_table, ratio_table
 
 CLASSES, PATCH = 7, 8
 SHAPE = (5, 3, 32, 48)
@@ -109,9 +109,13 @@ def test_the_numbers_of_a_seed_stay_what_they_are():
         [(17, 130, 114, 157), (26, 93, 17, 118)],
         [(70, 180, 49, 109), (120, 211, 140, 196)],
     ]
-    drawn = noise(1, 2, [(10, 11, 20, 22)], 3, 224, settings)[0]
-    # Two pixels of three channels.
-    assert (drawn * 2**20).flatten().tolist() == [-713510, 246250, -748282, 383964, -1081468, 1024107]
+    drawn = noise(1, 2, [(10, 11, 22, 26)], 3, 219, settings)[0]
+    # Four pixels of three channels, of two draws each.
+    assert (drawn * 2**20)[:, 0].tolist() == [
+        [-1423933, 2694924, 541688, -877031],
+        [-1215013, -152167, 389577, 1019861],
+        [-384354, -946271, -184443, 1375493],
+    ]
 
 
 def rectangle_of(image: Tensor) -> tuple[int, int, int, int] | None:
@@ -179,7 +183,7 @@ def test_noise_is_standard_normal():
         (drawn[:, :, :-1], drawn[:, :, 1:]), (drawn[:, :-1], drawn[:, 1:]), (drawn[:-1], drawn[1:])
     ):  # fmt: skip
         assert abs((one * other).mean()) < 5 / one.numel() ** 0.5
-    assert len(np.unique(values)) > 8000
+    assert len(np.unique(values)) > 40000
 
 
 def test_a_colour_is_one_for_each_channel_of_a_rectangle():
@@ -192,12 +196,19 @@ def test_a_colour_is_one_for_each_channel_of_a_rectangle():
 
 
 def test_tables_hold_quantiles_and_ratios():
-    normals = np.array(normal_table()) / 2**20
-    quantiles = stats.norm.ppf(0.5 + (np.arange(4096) + 0.5) / 8192)
-    assert np.abs(normals - quantiles).max() <= 0.51 / 2**20
+    exact = (
+        stats.norm.isf([start * 2.0**-17 for octave in range(16) for start in 2**octave * (1 + np.arange(8) / 8)])
+        * 2**20
+    )
+    assert np.abs([high for high, _ in normal_segments()] - exact).max() <= 0.51
     # No entry is so near the middle of two units that another mathematical library could round it to the other.
-    exact = quantiles * 2**20
     assert np.abs(exact - np.floor(exact) - 0.5).min() > 1e-5
+    words = np.arange(1 << 16)
+    normals = np.abs(normal_table())
+    assert np.abs(normals - stats.norm.isf((words | 1) * 2.0**-17)).max() < 0.001
+    assert (np.signbit(normal_table()) == (words & 1 == 1)).all()
+    assert abs((normals**2).mean(dtype=np.float64) - 1) < 0.0005
+    assert abs((normals**4).mean(dtype=np.float64) / (normals**2).mean(dtype=np.float64) ** 2 - 3) < 0.005
     for low, high in ((0.3, 1 / 0.3), (0.001, 1000.0), (2.0, 2.0)):
         table = np.array(aspect_table(low, high))
         ratio = np.exp(np.log(low) + (np.arange(1024) + 0.5) / 1024 * (np.log(high) - np.log(low)))

@@ -88,7 +88,7 @@ def aspect_table(low: float, high: float) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1)
 def normal_segments() -> tuple[tuple[int, int], ...]:
-    """Upper quantiles of the standard normal distribution at 2**-17 n, as segments: (z where it starts, z less at its end).
+    """Upper quantiles z of the standard normal distribution at 2**-17 n, as segments: (first z, what it falls).
 
     Each octave of n in [1, 2**16] has 2**SEGMENT_BITS of them; z is in units of 2**-20. None is so near the middle of
     two units that a mathematical library could turn it.

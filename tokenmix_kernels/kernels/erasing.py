@@ -225,7 +225,9 @@ def erase_rows(
                     last = last_rectangle(theirs, y, x, COUNT)
                     wanted = wanted & (~blends | of_own | (last < 0))
                 near = (y < next_line) & (x < (right + 7) // 8 * 8) if WHOLE else wanted
-                place = pixels.out + (target * pixels.out_stride + y.to(tl.int64) * LAYOUT.OH + x.to(tl.int64) * LAYOUT.OW)
+                place = (
+                    pixels.out + target * pixels.out_stride + (y.to(tl.int64) * LAYOUT.OH + x.to(tl.int64) * LAYOUT.OW)
+                )
                 for channel in tl.static_range(LAYOUT.C):
                     value = noise(mine, y, eight, n, channel, GRID, LAYOUT.C, DTYPE, RULE)
                     if BLENDS:  # noqa: SIM102, this is known at compile time

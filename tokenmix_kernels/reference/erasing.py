@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..settings import COPY, MASK_RULES, MIXUP, Settings, erase_bits, make_erase_plan
-from ..tables import NORMAL_BITS, RATIO_BITS, aspect_table, erasing_tables
+from ..tables import RATIO_BITS, aspect_table, normal_table
 from .draw import CPU, Draw, Rectangle, counting, philox
 from .pixels import blend, finish, scales
 
@@ -53,31 +53,36 @@ def draw_rectangles(
     return drawn
 
 
-def normal(words: Tensor, channels: int) -> Tensor:
-    """Numbers of the standard normal distribution for eight channels of each four words [..., G, 4]: [channels, ...].
+def normal(words: Tensor) -> Tensor:
+    """Numbers of the standard normal distribution, fp32, for random words of 16 bits. See `tables.normal_table`."""
+    return torch.from_numpy(normal_table())[words]
 
-    12 bits choose one of the table, one its sign.
-    """
-    words = words[..., : (channels + 1) // 2]  # all four where there are more than eight channels
-    halves = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-3)[..., :channels].movedim(-1, 0)
-    normals = erasing_tables((1.0, 1.0), CPU)[1][halves >> (16 - NORMAL_BITS)]
-    return torch.where(halves & 8 != 0, -normals, normals)
+
+def side_by_side(words: Tensor) -> Tensor:
+    """The halves of four words [..., N, 4] as [..., 8 * N], lower halves first."""
+    return torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-3)
 
 
 def noise(
     seed: int, sample: int, rectangles: list[Rectangle], channels: int, width: int, settings: Settings
 ) -> list[Tensor]:
-    """What each rectangle of an image becomes, fp32 [C, h, w]."""
-    groups = (channels + 7) // 8
+    """What each rectangle of an image becomes, fp32 [C, h, w].
+
+    A draw has numbers for eight pixels of a line, whose first column is a multiple of eight, or for eight channels.
+    """
     home = torch.tensor(sample, dtype=torch.int64, device=CPU)
     filled = []
     for n, (top, bottom, left, right) in enumerate(rectangles):
         h, w = bottom - top, right - left
         if settings.erase_mode == "pixel":
-            places = ((counting(h) + top)[:, None] * width + counting(w) + left)[..., None] * groups + counting(groups)
-            filled.append(normal(philox(seed, home, places, NOISE), channels))
+            eights = counting((right + 7) // 8 - left // 8) + left // 8
+            pixels = (counting(h) + top)[:, None] * ((width + 7) // 8) + eights  # [h, N]
+            places = pixels * channels + counting(channels)[:, None, None]  # [C, h, N]
+            words = side_by_side(philox(seed, home, places, NOISE))
+            filled.append(normal(words[..., left % 8 : left % 8 + w]))
         elif settings.erase_mode == "rand":
-            colour = normal(philox(seed, home, n * groups + counting(groups), COLOUR), channels)
+            groups = (channels + 7) // 8
+            colour = normal(side_by_side(philox(seed, home, n * groups + counting(groups), COLOUR))[:channels])
             filled.append(colour[:, None, None].expand(channels, h, w))
         else:
             filled.append(torch.zeros(channels, h, w, dtype=torch.float32, device=CPU))
