@@ -11,6 +11,7 @@ from .groups import CONST, Erased, Erasing
 from .pixels import blend, finish, row_bits, token_bit
 from .window import power_of_2
 
+MAXL = tl.constexpr(8)
 __all__ = ["draw_rectangles", "erase_rows", "erases_rows", "erasing_of"]
 
 fraction_bits = triton.constexpr_function(erase_bits)
@@ -100,23 +101,24 @@ def last_rectangle(erased, y, x, COUNT: tl.constexpr):
 def normal(segments, words):
     """Numbers of the standard normal distribution for random words of 16 bits. See `tables.normal_table`.
 
-    A word's exponent and first bits as a float say its segment, the 12 bits that follow its place on it.
+    A word's exponent and first bits as a float say its segment, the 12 bits that follow its place on it. Integers below
+    2**23 become floats as the last bits of 2**23, or of 8 in units of 2**-20, which is subtracted: all exact.
     """
     BITS: tl.constexpr = CONST.value.SEGMENT_BITS
-    number = (words | 0x4B000001).to(tl.float32, bitcast=True) - 8388608.0
-    bits = number.to(tl.int32, bitcast=True)
+    bits = ((words | 0x4B000001).to(tl.float32, bitcast=True) - 8388608.0).to(tl.int32, bitcast=True)
     both = tl.load(segments + ((bits >> (23 - BITS)) - (127 << BITS)))
     height = (both & 0xFFFFFFFF).to(tl.int32) - (((both >> 32).to(tl.int32) * ((bits >> 8) & 0xFFF)) >> 12)
-    upper = height.to(tl.float32) * (2.0**-20)
+    upper = (height | 0x41000000).to(tl.float32, bitcast=True) - 8.0
     return tl.where((words & 1) != 0, -upper, upper)
 
 
 @triton.jit
 def side_by_side(words):
-    """The halves of four words [LINES, N] as [LINES, 8 * N], lower halves first."""
+    """The halves of four words [LINES, EIGHTS] as [LINES, EIGHTS, 8], lower halves first."""
     w0, w1, w2, w3 = words
-    whole = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return tl.interleave(whole & 0xFFFF, whole >> 16)
+    whole = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [LINES, EIGHTS, 2, 2]
+    halves = tl.join(whole & 0xFFFF, whole >> 16)
+    return tl.reshape(halves, (w0.shape[0], w0.shape[1], 8))
 
 
 @triton.jit
@@ -131,7 +133,7 @@ def half_of(words, n):
 def noise(
     erased, y, eight, n, channel, GRID: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, RULE: tl.constexpr
 ):  # fmt: skip
-    """What a channel of the n-th rectangle becomes: one number, or one for each pixel of lines y and columns in eights.
+    """What a channel of the n-th rectangle becomes: one number, or one for each pixel of lines y and eights of columns.
 
     A draw has numbers for eight pixels of a line, whose first column is a multiple of eight, or for eight channels.
     """
@@ -189,9 +191,10 @@ def erase_rows(
     IN_PLACE: tl.constexpr = LAYOUT.IN_PLACE
     BLENDS: tl.constexpr = RULE.HAS_MIXUP and not IN_PLACE
     COUNT: tl.constexpr = RULE.ERASE_COUNT
-    LINES: tl.constexpr = min(8, triton.next_power_of_2(P))
+    LINES: tl.constexpr = min(MAXL, triton.next_power_of_2(P))
+    TALL: tl.constexpr = (P + LINES - 1) // LINES  # tiles of a row of tokens
     EIGHTS: tl.constexpr = min(128 // LINES, triton.next_power_of_2((GRID.W + 7) // 8))
-    # Then a lane's eight pixels are stored as one piece of memory, those beside the rectangle as they were.
+    # Then eight pixels that are all wanted are stored as one piece of memory.
     WHOLE: tl.constexpr = LAYOUT.OW == 1 and GRID.W % 8 == 0
     DTYPE: tl.constexpr = pixels.out.dtype.element_ty
     WIDE: tl.constexpr = tl.float64 if pixels.images.dtype.element_ty == tl.float64 else tl.float32
@@ -205,49 +208,53 @@ def erase_rows(
         mine, theirs = chosen(of_own, erased, erased_j), chosen(of_own, erased_j, erased)
         target, source = tl.where(of_own, i, j) if IN_PLACE else i, tl.where(of_own, j, i)
         top, bottom, left, right = rectangle(mine, n, COUNT)
-        line, bottom = tl.maximum(top, start), tl.minimum(bottom, end)
-        while line < bottom:
-            row = line // P
-            next_line = tl.minimum(tl.minimum(line + LINES, (row + 1) * P), bottom)
-            y = line + tl.arange(0, LINES)[:, None]
-            first = left // 8
-            while first * 8 < right:
-                eight = first + tl.arange(0, EIGHTS)[None, :]
-                x = first * 8 + tl.arange(0, 8 * EIGHTS)[None, :]
-                # Where rectangles overlap, the last one writes.
-                wanted = (y < next_line) & (last_rectangle(mine, y, x, COUNT) == n)
-                if IN_PLACE:
-                    wanted = wanted & (of_own | (i != j))
-                else:
-                    wanted = wanted & (blends | (from_partner(drawn, y, x, row, GRID, RULE) ^ of_own))
-                last = n
-                if BLENDS:
-                    last = last_rectangle(theirs, y, x, COUNT)
-                    wanted = wanted & (~blends | of_own | (last < 0))
-                near = (y < next_line) & (x < (right + 7) // 8 * 8) if WHOLE else wanted
-                place = (
-                    pixels.out + target * pixels.out_stride + (y.to(tl.int64) * LAYOUT.OH + x.to(tl.int64) * LAYOUT.OW)
-                )
-                for channel in tl.static_range(LAYOUT.C):
-                    value = noise(mine, y, eight, n, channel, GRID, LAYOUT.C, DTYPE, RULE)
-                    if BLENDS:  # noqa: SIM102, this is known at compile time
-                        if blends:
-                            other = blend_source(pixels, source, y, x, channel, near, LAYOUT, TILE, WIDE)
-                            fill = noise(theirs, y, eight, last, channel, GRID, LAYOUT.C, DTYPE, RULE)
-                            other = tl.where(last < 0, other, fill.to(WIDE))
-                            own = value.to(WIDE)
-                            value = blend(
-                                tl.where(of_own, own, other), tl.where(of_own, other, own), drawn.lam
-                            ).to(DTYPE)  # fmt: skip
-                    if WHOLE:
-                        value = tl.where(wanted, value, tl.load(place + channel * LAYOUT.OC, near, 0))
-                    value = tl.broadcast_to(value, wanted.shape)
-                    tl.store(place + channel * LAYOUT.OC, value, near)
-                first += EIGHTS
-            line = next_line
+        top, bottom = tl.maximum(top, start), tl.minimum(bottom, end)
+        row = top // P
+        high = (top - row * P) // LINES
+        first = left // 8
+        while (row * P + high * LINES < bottom) & (left < right):
+            line = row * P + high * LINES
+            y = line + tl.arange(0, LINES)[:, None]  # [LINES, 1]
+            eight = first + tl.arange(0, EIGHTS)[None, :]  # [1, EIGHTS]
+            x = eight[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]  # [1, EIGHTS, 8]
+            y_of = y[:, :, None]
+            in_row = (y_of >= top) & (y_of < tl.minimum(bottom, (row + 1) * P))
+            # Where rectangles overlap, the last one writes.
+            wanted = in_row & (last_rectangle(mine, y_of, x, COUNT) == n)
+            if IN_PLACE:
+                wanted = wanted & (of_own | (i != j))
+            else:
+                wanted = wanted & (blends | (from_partner(drawn, y_of, x, row, GRID, RULE) ^ of_own))
+            last = n
+            if BLENDS:
+                last = last_rectangle(theirs, y_of, x, COUNT)
+                wanted = wanted & (~blends | of_own | (last < 0))
+            whole = wanted
+            if WHOLE:
+                whole = tl.broadcast_to((tl.min(wanted.to(tl.int32), 2) > 0)[:, :, None], wanted.shape)
+            place = pixels.out + target * pixels.out_stride + (y_of.to(tl.int64) * LAYOUT.OH + x.to(tl.int64) * LAYOUT.OW)
+            for channel in tl.static_range(LAYOUT.C):
+                value = noise(mine, y, eight, n, channel, GRID, LAYOUT.C, DTYPE, RULE)
+                value = tl.broadcast_to(value, wanted.shape)
+                if BLENDS:  # noqa: SIM102, this is known at compile time
+                    if blends:
+                        other = blend_source(pixels, source, y_of, x, channel, wanted, LAYOUT, TILE, WIDE)
+                        fill = noise(theirs, y, eight, last, channel, GRID, LAYOUT.C, DTYPE, RULE)
+                        other = tl.where(last < 0, other, fill.to(WIDE))
+                        own = value.to(WIDE)
+                        value = blend(
+                            tl.where(of_own, own, other), tl.where(of_own, other, own), drawn.lam
+                        ).to(DTYPE)  # fmt: skip
+                tl.store(place + channel * LAYOUT.OC, value, whole)
+                if WHOLE:
+                    tl.store(place + channel * LAYOUT.OC, value, wanted & ~whole)
+            first += EIGHTS
+            beyond = first * 8 >= right
+            first = tl.where(beyond, left // 8, first)
+            high += beyond.to(tl.int32)
+            row += high // TALL
+            high = high % TALL
         count += 1
-        if WHOLE:
-            tl.debug_barrier()  # the next rectangle may lie in the same eights
 
 
 @triton.jit
