@@ -111,10 +111,10 @@ def test_the_numbers_of_a_seed_stay_what_they_are():
     ]
     drawn = noise(1, 2, [(10, 11, 22, 26)], 3, 219, settings)[0]
     # Four pixels of three channels, of two draws each.
-    assert (drawn * 2**20)[:, 0].tolist() == [
-        [-1423933, 2694924, 541688, -877031],
-        [-1215013, -152167, 389577, 1019861],
-        [-384354, -946271, -184443, 1375493],
+    assert (drawn * 2**16)[:, 0].tolist() == [
+        [-88997, 168433, 33856, -54815],
+        [-75939, -9511, 24349, 63742],
+        [-24023, -59142, -11529, 85969],
     ]
 
 
@@ -196,13 +196,11 @@ def test_a_colour_is_one_for_each_channel_of_a_rectangle():
 
 
 def test_tables_hold_quantiles_and_ratios():
-    exact = (
-        stats.norm.isf([start * 2.0**-17 for octave in range(16) for start in 2**octave * (1 + np.arange(8) / 8)])
-        * 2**20
-    )
-    assert np.abs([high for high, _ in normal_segments()] - exact).max() <= 0.51
+    starts = [2**octave * (1 + n / 8) for octave in range(16) for n in range(8)]
+    exact = stats.norm.isf(np.array(starts) * 2.0**-17) * 2**16
+    assert np.abs([entry & 0x7FFFF for entry in normal_segments()] - exact).max() <= 0.51
     # No entry is so near the middle of two units that another mathematical library could round it to the other.
-    assert np.abs(exact - np.floor(exact) - 0.5).min() > 1e-5
+    assert np.abs(exact - np.floor(exact) - 0.5).min() > 1e-3
     words = np.arange(1 << 16)
     normals = np.abs(normal_table())
     assert np.abs(normals - stats.norm.isf((words | 1) * 2.0**-17)).max() < 0.001

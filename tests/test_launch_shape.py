@@ -11,10 +11,12 @@ from tokenmix_kernels.tables import byte_shift
 A100, H100 = Card(108, 40 << 20, True), Card(132, 50 << 20, True)
 
 
-def shape(batch=128, in_bytes=2, out_bytes=2, height=224, patch=16, dense=True, in_place=False, card=H100):
+def shape(
+    batch=128, in_bytes=2, out_bytes=2, height=224, patch=16, dense=True, erases=False, in_place=False, card=H100
+):
     return launch_shape(
         batch, 3, height, 224, patch, False, in_bytes, out_bytes, 16, dense, in_bytes != out_bytes, False, False,
-        in_place, card,
+        erases, in_place, card,
     )[0]  # fmt: skip
 
 
@@ -24,6 +26,11 @@ def test_every_multiprocessor_gets_pixels_where_rows_suffice(batch, card):
     tile = shape(batch, card=card)
     assert tile.PIXELS * tile.ROWS >= 14 > (tile.PIXELS - 1) * tile.ROWS
     assert batch * tile.PIXELS >= min(1.5 * card.multiprocessors, batch * 14)
+
+
+@pytest.mark.parametrize("in_bytes", [1, 2, 4])
+def test_programs_that_erase_are_short(in_bytes):
+    assert shape(in_bytes=in_bytes, out_bytes=max(in_bytes, 2), erases=True).ROWS == 1
 
 
 @pytest.mark.parametrize("card", [A100, H100])

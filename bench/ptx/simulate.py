@@ -50,6 +50,7 @@ BARS: dict[str, Bar | None] = {
     "fp32": Bar(0.98, 0.955),
     "uint8 to fp16": Bar(1.03, 0.97),
     "uint8 to fp16, erasing": None,
+    "fp16, erasing": None,
     "channels_last fp16": Bar(1.00, 0.97),
     "in place, one mask": Bar(0.62, 0.58),
     "Mixup and blocks": Bar(1.06, 1.00),

@@ -11,7 +11,6 @@ from .groups import CONST, Erased, Erasing
 from .pixels import blend, finish, row_bits, token_bit
 from .window import power_of_2
 
-MAXL = tl.constexpr(8)
 __all__ = ["draw_rectangles", "erase_rows", "erases_rows", "erasing_of"]
 
 fraction_bits = triton.constexpr_function(erase_bits)
@@ -102,13 +101,13 @@ def normal(segments, words):
     """Numbers of the standard normal distribution for random words of 16 bits. See `tables.normal_table`.
 
     A word's exponent and first bits as a float say its segment, the 12 bits that follow its place on it. Integers below
-    2**23 become floats as the last bits of 2**23, or of 8 in units of 2**-20, which is subtracted: all exact.
+    2**23 become floats as the last bits of 2**23, or of 128 in units of 2**-16, which is subtracted: all exact.
     """
     BITS: tl.constexpr = CONST.value.SEGMENT_BITS
     bits = ((words | 0x4B000001).to(tl.float32, bitcast=True) - 8388608.0).to(tl.int32, bitcast=True)
-    both = tl.load(segments + ((bits >> (23 - BITS)) - (127 << BITS)))
-    height = (both & 0xFFFFFFFF).to(tl.int32) - (((both >> 32).to(tl.int32) * ((bits >> 8) & 0xFFF)) >> 12)
-    upper = (height | 0x41000000).to(tl.float32, bitcast=True) - 8.0
+    segment = tl.load(segments + ((bits >> (23 - BITS)) - (127 << BITS))).to(tl.uint32, bitcast=True)
+    fall = ((segment >> 19) * ((bits >> 8) & 0xFFF).to(tl.uint32)) >> 12
+    upper = ((segment & 0x7FFFF) + 0x43000000 - fall).to(tl.float32, bitcast=True) - 128.0
     return tl.where((words & 1) != 0, -upper, upper)
 
 
@@ -191,7 +190,7 @@ def erase_rows(
     IN_PLACE: tl.constexpr = LAYOUT.IN_PLACE
     BLENDS: tl.constexpr = RULE.HAS_MIXUP and not IN_PLACE
     COUNT: tl.constexpr = RULE.ERASE_COUNT
-    LINES: tl.constexpr = min(MAXL, triton.next_power_of_2(P))
+    LINES: tl.constexpr = min(16, triton.next_power_of_2(P))
     TALL: tl.constexpr = (P + LINES - 1) // LINES  # tiles of a row of tokens
     EIGHTS: tl.constexpr = min(128 // LINES, triton.next_power_of_2((GRID.W + 7) // 8))
     # Then eight pixels that are all wanted are stored as one piece of memory.
@@ -232,7 +231,9 @@ def erase_rows(
             whole = wanted
             if WHOLE:
                 whole = tl.broadcast_to((tl.min(wanted.to(tl.int32), 2) > 0)[:, :, None], wanted.shape)
-            place = pixels.out + target * pixels.out_stride + (y_of.to(tl.int64) * LAYOUT.OH + x.to(tl.int64) * LAYOUT.OW)
+            place = (
+                pixels.out + target * pixels.out_stride + (y_of.to(tl.int64) * LAYOUT.OH + x.to(tl.int64) * LAYOUT.OW)
+            )
             for channel in tl.static_range(LAYOUT.C):
                 value = noise(mine, y, eight, n, channel, GRID, LAYOUT.C, DTYPE, RULE)
                 value = tl.broadcast_to(value, wanted.shape)

@@ -80,7 +80,7 @@ def card_of(device: torch.device) -> Card:
 def launch_shape(
     batch: int, channels: int, height: int, width: int, patch: int, nhwc: bool, in_bytes: int, out_bytes: int,
     alignment: int, dense: bool, converts: bool, mixup: bool, rectangles: bool,
-    in_place: bool, card: Card,
+    erases: bool, in_place: bool, card: Card,
 ) -> tuple[Tile, int, int, int]:  # fmt: skip
     """How a launch is divided.
 
@@ -92,6 +92,7 @@ def launch_shape(
         dense: whether lines of pixels follow each other in memory without gaps.
         converts: whether pixels are normalised or change their dtype.
         mixup, rectangles: whether a sample may be mixed so, which takes pixels of both images.
+        erases: whether parts of some images are erased, whose programs take longer than the others.
         in_place: whether a pair's tokens change places.
         card: the device.
 
@@ -119,7 +120,8 @@ def launch_shape(
     loads = tall * (1 if nhwc else channels) * -(-line // cols) * cols // (vec * 32 * warps)
     if in_place:
         loads += loads // 3  # each with a condition of its own
-    rows = (36 if converts or blends else 84) // max(1, loads)
+    most = 36 if converts or blends else 84
+    rows = (min(most, 12) if erases else most) // max(1, loads)
     # A small batch is spread over all multiprocessors, two programs on each.
     rows = max(1, min(rows, grid_h, round(batch * grid_h / (2 * card.multiprocessors))))
     rows = -(-grid_h // -(-grid_h // rows))
@@ -172,7 +174,7 @@ def fixed_part(
     dense = sh == width * channels if nhwc else sw == 1 and sh == width
     tile, word_rows, words, warps = launch_shape(
         batch, channels, height, width, patch, nhwc, in_bytes, out_bytes, alignment, dense, not plain,
-        has_mixup, not rule.whole_tokens, in_place, card,
+        has_mixup, not rule.whole_tokens, settings.erase_prob > 0, in_place, card,
     )  # fmt: skip
     if not moves:
         tile = tile._replace(PIXELS=0, AHEAD=0)
