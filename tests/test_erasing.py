@@ -230,14 +230,16 @@ def visible_of(images: Tensor, erased: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("mask_type", ["block", "cutmix"])
 @pytest.mark.parametrize("with_maps", [True, False])
-def test_erased_pixels_carry_no_evidence_where_asked(with_maps, mask_type):
+@pytest.mark.parametrize("count", [(1, 1), (2, 3)])
+def test_erased_pixels_carry_no_evidence_where_asked(count, with_maps, mask_type):
     images, labels = random_images((4, 3, 32, 48)), LABELS[:4]
     maps = torch.rand(4, 7, 9, generator=torch.Generator().manual_seed(3)) if with_maps else None
     options = {**OPTIONS, "maps": maps, "seed": 9, "mode": "elem", "mask_type": mask_type}
     plain = tokenmix(images, labels, **options)
-    off, on = (tokenmix(images, labels, erasing=RandomErasing(0.8, evidence=on), **options) for on in (False, True))
+    erasing = RandomErasing(0.8, min_count=count[0], max_count=count[1], max_area=0.8)
+    off, on = (tokenmix(images, labels, erasing=erasing._replace(evidence=on), **options) for on in (False, True))
     assert torch.equal(off.targets, plain.targets) and torch.equal(off.images, on.images)
-    visible = visible_of(images, erased_by_hand(images, 9, probability=0.8))
+    visible = visible_of(images, erased_by_hand(images, 9, **erasing._asdict()))
     pooled = torch.ones(4, 4, 6) if maps is None else pooled_by_torchvision(maps, None, (4, 6))
     moved = (plain.images != images).any(1).float()
     taken = torch.nn.functional.avg_pool2d(moved[:, None], PATCH)[:, 0]
@@ -294,7 +296,6 @@ def test_timms_own_object_is_taken():
         ({"min_count": 0}, "min_count must be a whole number"),
         ({"max_count": 17}, "max_count must be at most 16"),
         ({"evidence": 1}, "evidence of erasing must be True or False"),
-        ({"evidence": True, "max_count": 2}, "max_count must be 1 where"),
     ],
 )
 def test_settings_out_of_range_are_refused(erasing, message):

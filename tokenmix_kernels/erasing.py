@@ -85,8 +85,6 @@ def erase_settings(erasing: Any) -> dict[str, Any]:
         raise ValueError(f"max_count must be at most {MOST_RECTANGLES}, got {most}")
     if not isinstance(erasing.evidence, bool):
         raise ValueError(f"evidence of erasing must be True or False, got {shown(erasing.evidence)}")
-    if erasing.evidence and most > 1:
-        raise ValueError(f"max_count must be 1 where erased pixels carry no evidence, got {most}")
     return {
         "erase_prob": probability, "erase_mode": erasing.mode, "erase_area": tuple(area), "erase_aspect": (low, high),
         "erase_count": (least, most), "erase_evidence": erasing.evidence,

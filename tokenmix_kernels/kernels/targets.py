@@ -7,6 +7,7 @@ from .draw import coverage
 from .erasing import chosen, rectangle
 from .evidence import pool
 from .groups import CONST
+from .window import popcount
 
 __all__ = ["write_targets"]
 
@@ -29,12 +30,36 @@ def taken_share(drawn, TOKENS: tl.constexpr, GRID: tl.constexpr, RULE: tl.conste
 
 
 @triton.jit
+def erased_pixels(erased, token, GRID: tl.constexpr):
+    """The pixels of each token that are in one of the rectangles: bits of its lines, 32 columns at a time."""
+    COUNT: tl.constexpr = erased.top.shape[0]
+    P: tl.constexpr = GRID.P
+    if COUNT == 1:
+        top, bottom, left, right = rectangle(erased, 0, COUNT)
+        number = coverage(top, bottom, left, right, token, GRID)
+    else:
+        y, x = (token // GRID.GW) * P, (token % GRID.GW) * P
+        number = token * 0
+        for line in range(P):
+            for column in tl.static_range(0, P, 32):
+                bits = token.to(tl.int64) * 0
+                for n in tl.static_range(COUNT):
+                    top, bottom, left, right = rectangle(erased, n, COUNT)
+                    inside = (y + line >= top) & (y + line < bottom)
+                    first = tl.minimum(tl.maximum(left - x - column, 0), min(32, P - column))
+                    end = tl.minimum(tl.maximum(right - x - column, 0), min(32, P - column))
+                    one = tl.where(inside, 1, 0).to(tl.int64)
+                    bits = bits | ((one << end) - (one << first))
+                number += popcount(bits).to(tl.int32)
+    return number
+
+
+@triton.jit
 def visible_share(erased, TOKENS: tl.constexpr, GRID: tl.constexpr):
-    """The share of each token that is not erased by the first rectangle, [TOKENS] fp32; 0 beyond the grid."""
+    """The share of each token that is not erased, [TOKENS] fp32; 0 beyond the grid."""
     P: tl.constexpr = GRID.P
     token = tl.arange(0, TOKENS)
-    top, bottom, left, right = rectangle(erased, 0, erased.top.shape[0])
-    visible = P * P - coverage(top, bottom, left, right, token, GRID)
+    visible = P * P - erased_pixels(erased, token, GRID)
     return tl.where(token < GRID.GH * GRID.GW, visible.to(tl.float32) * (1.0 / (P * P)), 0.0)
 
 

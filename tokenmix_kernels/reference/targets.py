@@ -31,9 +31,19 @@ def as_labels(labels: Tensor) -> Tensor:
     return labels.to(CPU, torch.int64 if labels.dim() == 1 else torch.float32)
 
 
+def erased_pixels(rectangles: list[Rectangle], grid: tuple[int, int], patch: int) -> Tensor:
+    """The pixels of each token that are in one of the rectangles, [Gh, Gw] int64."""
+    if len(rectangles) < 2:
+        return coverage(rectangles[0] if rectangles else (0, 0, 0, 0), grid, patch)
+    pixels = np.zeros((grid[0] * patch, grid[1] * patch), bool)
+    for top, bottom, left, right in rectangles:
+        pixels[top:bottom, left:right] = True
+    return torch.from_numpy(pixels.reshape(grid[0], patch, grid[1], patch).sum((1, 3)))
+
+
 def visible_share(rectangles: list[list[Rectangle]], grid: tuple[int, int], patch: int) -> Tensor:
-    """The share of each token that is not erased by the first rectangle, [B, Gh, Gw] float64."""
-    erased = torch.stack([coverage(own[0] if own else (0, 0, 0, 0), grid, patch) for own in rectangles])
+    """The share of each token that is not erased, [B, Gh, Gw] float64."""
+    erased = torch.stack([erased_pixels(own, grid, patch) for own in rectangles])
     return (patch * patch - erased).double() / (patch * patch)
 
 
