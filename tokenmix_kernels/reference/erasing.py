@@ -6,6 +6,7 @@ erased in the same way wherever they appear.
 
 from math import isqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,12 +56,12 @@ def draw_rectangles(
 
 def normal(words: Tensor) -> Tensor:
     """Numbers of the standard normal distribution, fp32, for random words of 16 bits. See `tables.normal_table`."""
-    return torch.from_numpy(normal_table())[words]
+    return torch.from_numpy(normal_table()).index_select(0, words.flatten()).view(words.shape)
 
 
 def side_by_side(words: Tensor) -> Tensor:
     """The halves of four words [..., N, 4] as [..., 8 * N], lower halves first."""
-    return torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-3)
+    return torch.from_numpy(words.numpy().astype("<u4").view("<u2").astype(np.int64)).flatten(-2)
 
 
 def noise(
@@ -79,7 +80,7 @@ def noise(
             pixels = (counting(h) + top)[:, None] * ((width + 7) // 8) + eights  # [h, N]
             places = pixels * channels + counting(channels)[:, None, None]  # [C, h, N]
             words = side_by_side(philox(seed, home, places, NOISE))
-            filled.append(normal(words[..., left % 8 : left % 8 + w]))
+            filled.append(normal(words)[..., left % 8 : left % 8 + w])
         elif settings.erase_mode == "rand":
             groups = (channels + 7) // 8
             colour = normal(side_by_side(philox(seed, home, n * groups + counting(groups), COLOUR))[:channels])
