@@ -42,15 +42,15 @@ def erased_pixels(erased, token, GRID: tl.constexpr):
         number = token * 0
         for line in range(P):
             for column in tl.static_range(0, P, 32):
-                bits = token.to(tl.int64) * 0
+                bits = token.to(tl.uint64) * 0
                 for n in tl.static_range(COUNT):
                     top, bottom, left, right = rectangle(erased, n, COUNT)
                     inside = (y + line >= top) & (y + line < bottom)
                     first = tl.minimum(tl.maximum(left - x - column, 0), min(32, P - column))
                     end = tl.minimum(tl.maximum(right - x - column, 0), min(32, P - column))
-                    one = tl.where(inside, 1, 0).to(tl.int64)
+                    one = inside.to(tl.uint64)
                     bits = bits | ((one << end) - (one << first))
-                number += popcount(bits).to(tl.int32)
+                number += popcount(bits)
     return number
 
 
