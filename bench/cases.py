@@ -104,7 +104,7 @@ def simulated_cases() -> Iterator[Case]:
     yield Case("uint8 to fp16", dtype=byte, out_dtype=half)
     erasing = {"erase_prob": 0.25, "erase_mode": "pixel"}
     yield Case("uint8 to fp16, erasing", dtype=byte, out_dtype=half, settings=erasing)
-    yield Case("fp16, erasing", settings=erasing)
+    yield Case("fp16, erasing", dtype=half, settings=erasing)
     yield Case("channels_last fp16", dtype=half, channels_last=True)
     yield Case("in place, one mask", dtype=half, in_place=True, settings={"mode": "batch"})
     yield Case("Mixup and blocks", dtype=half, settings={"mixup_alpha": 0.8, "switch_prob": 0.5})
