@@ -202,8 +202,9 @@ def test_the_copy_is_one_and_ratios_are_of_the_same_round() -> None:
 
 
 def test_extra_memory_is_seen() -> None:
-    taken = cpu.watched(lambda: torch.ones(2**25, dtype=torch.uint8).max())
-    assert 2**24 < taken < 2**27
+    # From 32 MB on the C library never gives out memory that was used before.
+    taken = cpu.watched(lambda: torch.ones(2**27, dtype=torch.uint8).max())
+    assert 2**26 < taken < 2**29
 
 
 def test_a_file_is_written_and_its_table_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
