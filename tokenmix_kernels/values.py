@@ -18,7 +18,8 @@ LARGEST_LABEL = 1.001  # rows that were divided by their sum may be rounded to j
 
 def check_range(name: str, values: Tensor, end: int) -> None:
     """Raise ValueError unless all values are in [0, end)."""
-    low, high = (int(value) for value in torch.aminmax(values))
+    listed = values.tolist()  # of a batch, less work than calls of PyTorch
+    low, high = int(min(listed)), int(max(listed))
     if low < 0 or high >= end:
         raise ValueError(f"{name} must be in [0, {end}), got {low if low < 0 else high}")
 
@@ -33,14 +34,13 @@ def check_values(
         partner: [B] in [0, B), its own inverse where the mix is in place.
         evidence: ids are rows of the maps, boxes (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1, affines invertible.
     """
-    batch = len(labels)
+    batch = labels.shape[0]
     if labels.dim() == 2:
         check_rows(labels)
     elif labels.is_floating_point() and not (labels == labels.round()).all():
         raise ValueError("labels must be whole class numbers, got fractions in the packed label maps")
     if num_classes is not None and labels.dim() == 1:
-        # aminmax does not know bool.
-        check_range("labels", labels.byte() if labels.dtype == torch.bool else labels, num_classes)
+        check_range("labels", labels, num_classes)
     if partner is not None:
         check_range("partner", partner, batch)
         own = torch.arange(batch, dtype=partner.dtype, device=partner.device)

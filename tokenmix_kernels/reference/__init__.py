@@ -33,12 +33,12 @@ def mix(
     """Mix a batch into `out`, in place where that is `images`; partners must then be mutual."""
     device = images.device
     labels = as_labels(labels)
-    pairs = partner_of(partner, len(images))
+    pairs = partner_of(partner, images.shape[0])
     key, size = int(seed), (images.shape[2], images.shape[3])
     drawn = draw(key, sample_offset, pairs, mask, *size, settings)
     rectangles = None
     if settings.erase_prob > 0:
-        rectangles = draw_rectangles(key, sample_offset, len(images), *size, settings)
+        rectangles = draw_rectangles(key, sample_offset, images.shape[0], *size, settings)
     before, others = images, pairs
     if out is images:
         if rectangles is not None and MIXUP in drawn.kind:

@@ -272,7 +272,7 @@ def draw(
     seed: int, sample_offset: int, partner: Tensor, mask: Tensor | None, height: int, width: int, settings: Settings
 ) -> Draw:
     """What each sample of the batch gets."""
-    batch, patch, mode = len(partner), settings.patch_size, MODES[settings.mode]
+    batch, patch, mode = partner.shape[0], settings.patch_size, MODES[settings.mode]
     grid = (height // patch, width // patch)
     rule = MASK_RULES[settings.mask_type]
     plan = make_plan(settings, height, width)

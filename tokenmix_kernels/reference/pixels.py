@@ -72,7 +72,7 @@ def finish(out: Tensor, mixed: Tensor, shift: Tensor | None, scale: Tensor | Non
 
 def is_large(images: Tensor) -> bool:
     """Whether the images are mixed one at a time."""
-    return 2 * images.numel() > AT_ONCE * len(images)
+    return 2 * images.numel() > AT_ONCE * images.shape[0]
 
 
 def gather(images: Tensor, rows: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -102,7 +102,7 @@ class Tokens:
         # In one line first: axes of one element may have any strides.
         channels, height = (images.shape[1] if self.planes else 1), images.shape[2]
         line = (images if self.planes else images.permute(0, 2, 3, 1)).reshape(-1)
-        return line.view(WORDS[self.word]).view(len(images), channels, height, -1)
+        return line.view(WORDS[self.word]).view(images.shape[0], channels, height, -1)
 
     def pixels(self, mask: Tensor) -> Tensor:
         """A mask of tokens [n, Gh, Gw] on the CPU as one of words [n, 1, H, *] (of pixels, for other strides)."""
@@ -182,10 +182,10 @@ def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settin
     mixer = Mixer(images, out, partner, drawn, settings)
     if mixer.alike(images):
         views = Views(mixer, images, out)
-        for i, _ in parts(mixer.kinds, mixer.pairs, images.numel() // len(images)):
+        for i, _ in parts(mixer.kinds, mixer.pairs, images.numel() // images.shape[0]):
             views.mix(i, views.own, mixer.pairs[i])
         return
-    for first, last in parts(mixer.kinds, mixer.pairs, images.numel() // len(images)):
+    for first, last in parts(mixer.kinds, mixer.pairs, images.numel() // images.shape[0]):
         own, mixed = images[first:last], out[first:last]
         # One image is read where it lies; several are gathered, which are small.
         if last - first == 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..inputs import Evidence
 from ..settings import COPY, MASK_RULES, MIXUP, Settings
 from .draw import CPU, Draw, Rectangle, coverage
-from .evidence import pool
+from .evidence import areas, pool
 
 __all__ = ["as_labels", "row_weights", "taken_share", "visible_share", "write_targets", "write_weights"]
 
@@ -61,7 +61,10 @@ def write_weights(
     use_lam = [kind in by_lam for kind in drawn.kind]
     if evidence.maps is None and all(use_lam):
         return lam_weights(drawn).float()
-    weights = pool(evidence, labels, partner, taken_share(drawn, settings), visible)
+    if evidence.maps is None and visible is None and rule.whole_tokens:
+        weights = areas(drawn.mask)
+    else:
+        weights = pool(evidence, labels, partner, taken_share(drawn, settings), visible)
     if not any(use_lam):
         return weights.float()
     both = lam_weights(drawn)
@@ -98,11 +101,12 @@ def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw,
     """
     classes, smoothing = settings.num_classes, settings.label_smoothing
     # A weight w becomes (w - less) * times.
-    rules = [(smoothing / 2, 1.0) if kind in PAPER else (0.0, 1 - smoothing) for kind in drawn.kind]
+    rule_of = {kind: (smoothing / 2, 1.0) if kind in PAPER else (0.0, 1 - smoothing) for kind in set(drawn.kind)}
+    rules = [rule_of[kind] for kind in drawn.kind]
     rest = smoothing / (2 if settings.multi_label else classes)
-    dense = torch.full((len(labels), classes), rest, dtype=torch.float32, device=CPU)
+    dense = torch.full((labels.shape[0], classes), rest, dtype=torch.float32, device=CPU)
     if labels.dim() == 2:
-        shape = (len(labels), *[1] * (weights.dim() - 1))
+        shape = (labels.shape[0], *[1] * (weights.dim() - 1))
         lower, scale = (
             torch.tensor(part, dtype=torch.float32, device=CPU).view(shape) for part in zip(*rules, strict=True)
         )
@@ -110,9 +114,15 @@ def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw,
         own, other = (raised[:, 0], raised[:, 1]) if raised.dim() == 3 else raised.split(1, 1)
         dense.add_(own * labels).add_(other * labels[partner])
     else:
-        rows, numbers = dense.numpy(), labels.tolist()
-        for i, (j, (less, times), both) in enumerate(zip(partner.tolist(), rules, weights.tolist(), strict=True)):
-            for label, weight in zip((numbers[i], numbers[j]), both, strict=True):
-                if 0 <= label < classes:
-                    rows[i, label] += (weight - less) * times
+        values, numbers = dense.view(-1).numpy(), labels.tolist()
+        row = 0
+        for label, j, (less, times), (own, other) in zip(
+            numbers, partner.tolist(), rules, weights.tolist(), strict=True
+        ):
+            label_j = numbers[j]
+            if 0 <= label < classes:
+                values[row + label] += (own - less) * times
+            if 0 <= label_j < classes:
+                values[row + label_j] += (other - less) * times
+            row += classes
     return dense.clamp_(max=1) if settings.clamp_targets else dense
