@@ -181,8 +181,9 @@ def test_compiles_without_spills(name, target, tmp_path):
 @on_targets(ERASES, "sm_90", "gfx942")
 def test_erasing_compiles_without_many_spills(name, target, tmp_path):
     used = resources(compiled(launch(**ERASES[name])), target, tmp_path)
-    # What the pixels of all images need stays in registers: what waits in memory is of the rectangles.
-    assert used.spilled <= 200 and used.registers <= (128 if target == "gfx942" else 64)
+    # Of the rectangles: loops over the pixels of all images spill nothing.
+    most = {"uint8 to fp16, mixup": 192, "fp16 channels_last in place, mixup": 168}
+    assert used.spilled <= most.get(name, 128) and used.registers <= (128 if target == "gfx942" else 64)
 
 
 @on_targets(["fp16"], "sm_90")
