@@ -186,8 +186,9 @@ def test_targets_are_the_papers(smoothing, mask_type):
 def test_a_label_out_of_range_adds_nothing(bad):
     """As on a GPU, where values are not looked at; on a CPU the operators refuse it before."""
     drawn = Draw(
-        [MASK_RULES["block"].kind] * 2, [32768] * 2, torch.zeros(2, 1, 1, dtype=torch.bool), [(0, 0, 0, 0)] * 2
-    )
+        [MASK_RULES["block"].kind] * 2, [32768] * 2, torch.zeros(2, 1, 1, dtype=torch.bool), [0] * 2,
+        [(0, 0, 0, 0)] * 2,
+    )  # fmt: skip
     weights, partner = torch.tensor([[0.25, 0.75], [0.5, 0.5]]), torch.tensor([1, 0])
     settings = Settings(num_classes=3, patch_size=8, label_smoothing=0.3)
     targets = write_targets(weights, torch.tensor([bad, 1]), partner, drawn, settings)

@@ -281,12 +281,12 @@ MOST_PASSED = 1024
 
 def launches_at_once(images: Tensor) -> bool:
     """Whether the kernels can be called without the operator."""
-    return nobody_watches(images) and images.is_cuda
+    return isinstance(images, Tensor) and images.is_cuda and nobody_watches(images)
 
 
 def runs_at_once(images: Tensor) -> bool:
     """Whether the reference can be called without the operator."""
-    return nobody_watches(images) and images.device.type == "cpu"
+    return images.is_cpu and nobody_watches(images)
 
 
 def nobody_watches(images: Tensor) -> bool:

@@ -4,9 +4,10 @@ Random numbers come from Philox4x32-10 with the seed as key and (sample, sample 
 decision on them is made on integers, so that masks are equal bit for bit on every device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import isqrt
+from struct import Struct
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ CPU = torch.device("cpu")
 Integers = NDArray[np.int64]
 Masks = NDArray[np.bool_]
 Rectangle = tuple[int, int, int, int]
+Words = Sequence[int]
 
 
 class Draw(NamedTuple):
@@ -37,12 +39,14 @@ class Draw(NamedTuple):
         kind: [B] of COPY, MIXUP and the kinds of mask rules.
         lam: [B] share kept from the own image in units of 2**-16 (Mixup and CutMix).
         mask: [B, Gh, Gw] bool, the tokens taken from the partner (more than half of a token, for CutMix).
+        tokens: [B] how many these are, where whole tokens are taken.
         rectangle: [B] of (top, bottom, left, right) in pixels; (0, 0, 0, 0) for all but CutMix.
     """
 
     kind: list[int]
     lam: list[int]
     mask: Tensor
+    tokens: list[int]
     rectangle: list[Rectangle]
 
 
@@ -68,34 +72,33 @@ def philox_words(seed: int, samples: Integers, draws: Integers, stream: int) -> 
 
 
 @lru_cache(maxsize=4)
-def lanes(count: int) -> tuple[int, int, int]:
-    """`count` fields of 64 bits in one integer: all of them 1, all of them LOW32, and 0, 1, 2, ... ."""
+def lanes(count: int) -> tuple[int, int, int, Struct]:
+    """`count` fields of 64 bits in one integer: all 1, all LOW32, 0, 1, 2, ...; and how to read them."""
     ones = sum(1 << 64 * lane for lane in range(count))
-    return ones, ones * LOW32, sum(lane << 64 * lane for lane in range(count))
+    return ones, ones * LOW32, sum(lane << 64 * lane for lane in range(count)), Struct(f"<{count}Q")
 
 
-def philox_several(seed: int, sample: int, draw: int, stream: int, count: int) -> list[list[int]]:
-    """`philox` of `count` counters of one sample, from `draw` on, which stay below 2**32: [count, 4].
+def philox_several(seed: int, sample: int, draw: int, stream: int, count: int) -> list[tuple[int, ...]]:
+    """`philox` of `count` counters of one sample, from `draw` on, which stay below 2**32: `count` times four words.
 
     Each has a field of its own in long integers: a dozen for the price of two.
     """
-    ones, low32, steps = lanes(count)
+    ones, low32, steps, fields = lanes(count)
     c0, c1, c2, c3 = (sample & LOW32) * ones, (sample >> 32 & LOW32) * ones, draw * ones + steps, stream * ones
-    key0, key1 = seed & LOW32, seed >> 32 & LOW32
+    key0, key1, weyl0, weyl1 = (key * ones for key in (seed & LOW32, seed >> 32 & LOW32, 0x9E3779B9, 0xBB67AE85))
     for _ in range(10):
         low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # of 64 bits: no field reaches into the next
-        c0, c1 = high >> 32 & low32 ^ c1 ^ key0 * ones, high & low32
-        c2, c3 = low >> 32 & low32 ^ c3 ^ key1 * ones, low & low32
-        key0, key1 = key0 + 0x9E3779B9 & LOW32, key1 + 0xBB67AE85 & LOW32
-    shifts = range(0, 64 * count, 64)
-    return [[word >> shift & LOW32 for word in (c0, c1, c2, c3)] for shift in shifts]
+        c0, c1 = high >> 32 & low32 ^ c1 ^ key0, high & low32
+        c2, c3 = low >> 32 & low32 ^ c3 ^ key1, low & low32
+        key0, key1 = key0 + weyl0 & low32, key1 + weyl1 & low32
+    return list(zip(*(fields.unpack(word.to_bytes(fields.size, "little")) for word in (c0, c1, c2, c3)), strict=True))
 
 
-def first_words(seed: int, samples: Integers, stream: int) -> list[list[int]]:
+def first_words(seed: int, samples: list[int], stream: int) -> list[Words]:
     """The words of each sample's first draw, [U, 4]."""
     if len(samples) == 1:
-        return philox_several(seed, int(samples[0]), 0, stream, 1)
-    return philox_words(seed, samples, np.zeros(1, np.int64), stream).tolist()
+        return [*philox_several(seed, samples[0], 0, stream, 1)]
+    return [*philox_words(seed, np.array(samples), np.zeros(1, np.int64), stream).tolist()]
 
 
 @lru_cache(maxsize=16)
@@ -132,7 +135,7 @@ def beta(word: int, alpha: float) -> int:
     return table[entry] + ((table[entry + 1] - table[entry]) * between >> 14)
 
 
-def header(words: list[int], settings: Settings, plan: Plan, count: int) -> tuple[int, int, int]:
+def header(words: Words, settings: Settings, plan: Plan, count: int) -> tuple[int, int, int]:
     """Whether and how a sample is mixed: (kind, lam in 2**-16, tokens to mask)."""
     mixes = words[0] >> 8 < plan.mixes
     switches = words[1] >> 8 < plan.switches
@@ -147,19 +150,19 @@ def header(words: list[int], settings: Settings, plan: Plan, count: int) -> tupl
     return kind, lam, min(count, ((65536 - lam) * count >> 16) + plan.minimum_tokens)
 
 
-def block_mask(seed: int, samples: Integers, tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
+def block_mask(seed: int, samples: list[int], tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
     """Rectangles of random area and aspect ratio until `tokens` [U] are masked, [U, G] bool."""
-    words: list[list[list[int]]] = [[]]  # a sample alone draws as it goes, which costs less than arrays do
+    words: list[list[Words]] = [[]]  # a sample alone draws as it goes, which costs less than arrays do
     if len(samples) > 1:
-        words = philox_words(seed, samples[:, None], np.arange(32), TRIES).tolist()
+        words = philox_words(seed, np.array(samples)[:, None], np.arange(32), TRIES).tolist()
     masks = [
         union_of_rectangles(dict(enumerate(first_words)), sample, seed, wanted, grid)
-        for first_words, sample, wanted in zip(words, samples.tolist(), tokens, strict=True)
+        for first_words, sample, wanted in zip(words, samples, tokens, strict=True)
     ]
     return unpack(masks, grid[0] * grid[1])
 
 
-def union_of_rectangles(words: dict[int, list[int]], sample: int, seed: int, tokens: int, grid: tuple[int, int]) -> int:
+def union_of_rectangles(words: dict[int, Words], sample: int, seed: int, tokens: int, grid: tuple[int, int]) -> int:
     """The mask of one sample as an integer of G bits. `words` holds the Philox words of draws that are known already.
 
     Tries go in windows of four, all against the tokens that are still to be masked; the first that fits is taken.
@@ -210,19 +213,19 @@ def unpack(masks: list[int], count: int) -> Masks:
     return np.unpackbits(octets.reshape(len(masks), size), axis=1, count=count, bitorder="little").view(np.bool_)
 
 
-def random_mask(seed: int, samples: Integers, tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
+def random_mask(seed: int, samples: list[int], tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
     """The `tokens` [U] tokens with the smallest keys, [U, G] bool.
 
     Keys are 32-bit random numbers whose low bits are the token's index, so no two are equal.
     """
     count = grid[0] * grid[1]
-    words = philox_words(seed, samples[:, None], np.arange((count + 3) // 4), KEYS).reshape(len(samples), -1)
+    words = philox_words(seed, np.array(samples)[:, None], np.arange((count + 3) // 4), KEYS).reshape(len(samples), -1)
     low = (1 << (count - 1).bit_length()) - 1
     keys = words[:, :count] & ~low | np.arange(count)
     return keys.argsort(1).argsort(1) < np.array(tokens)[:, None]
 
 
-def grid_mask(seed: int, samples: Integers, tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
+def grid_mask(seed: int, samples: list[int], tokens: list[int], grid: tuple[int, int], cell: int) -> Masks:
     """Random cells of cell x cell tokens, [U, G] bool: as many as the share of `tokens` [U] stands for.
 
     The cells at the lower and right edges are smaller where the cell does not divide the grid.
@@ -236,12 +239,12 @@ def grid_mask(seed: int, samples: Integers, tokens: list[int], grid: tuple[int, 
     return chosen[:, : grid[0], : grid[1]].reshape(len(samples), count)
 
 
-TOKEN_RULES: dict[str, Callable[[int, Integers, list[int], tuple[int, int], int], Masks]] = {
+TOKEN_RULES: dict[str, Callable[[int, list[int], list[int], tuple[int, int], int], Masks]] = {
     name: globals()[f"{name}_mask"] for name, rule in MASK_RULES.items() if rule.whole_tokens and rule.drawn
 }
 
 
-def cutmix_rectangle(words: list[int], lam: int, plan: Plan, minmax: bool, height: int, width: int) -> Rectangle:
+def cutmix_rectangle(words: Words, lam: int, plan: Plan, minmax: bool, height: int, width: int) -> Rectangle:
     """(top, bottom, left, right) in pixels, as `timm.data.mixup.rand_bbox` and `rand_bbox_minmax` place it."""
     if minmax:
         cut_h = plan.low_h + (words[0] * plan.span_h >> 32)
@@ -277,17 +280,17 @@ def draw(
     rule = MASK_RULES[settings.mask_type]
     plan = make_plan(settings, height, width)
     # Samples that share a draw have one counter.
-    units = np.arange(1 if mode == BATCH else batch)
-    order = [0] * batch if mode == BATCH else units.tolist()
+    order = [0] * batch if mode == BATCH else list(range(batch))
+    places = order[:1] if mode == BATCH else order
     if mode == PAIR:
-        units, unit_of = np.unique(np.minimum(units, partner.numpy()), return_inverse=True)
-        order = unit_of.tolist()
-    units = units + sample_offset
+        firsts, unit_of = np.unique(np.minimum(order, partner.numpy()), return_inverse=True)
+        order, places = unit_of.tolist(), firsts.tolist()
+    units = [sample_offset + place for place in places]
 
     headers = first_words(seed, units, HEADER)
     kinds, lams, tokens = zip(*(header(words, settings, plan, grid[0] * grid[1]) for words in headers), strict=True)
     rectangles: list[Rectangle] = [(0, 0, 0, 0)] * len(units)
-    masks = np.zeros((len(units), *grid), np.bool_)
+    masks, counts = np.zeros((len(units), *grid), np.bool_), [0] * len(units)
     if rule.kind in kinds and not rule.whole_tokens:
         words = first_words(seed, units, RECTANGLE)
         for u, kind in enumerate(kinds):
@@ -296,15 +299,19 @@ def draw(
                 masks[u] = coverage(rectangles[u], grid, patch).numpy() * 2 > patch * patch
     elif rule.kind in kinds and rule.drawn:
         masks = TOKEN_RULES[settings.mask_type](seed, units, list(tokens), grid, settings.grid_cell)
-    of_each = [kinds[u] for u in order]
+        counts = masks.sum(1).tolist()
+    of_each, counts = [kinds[u] for u in order], [counts[u] for u in order]
     if rule.drawn:
-        taken = torch.from_numpy(masks.reshape(-1, *grid)[order])
+        each = masks.reshape(-1, *grid)
+        taken = torch.from_numpy(each.repeat(batch, 0) if mode == BATCH else each[order])
     else:
         assert mask is not None
         taken = mask.to(CPU) & torch.tensor([kind == rule.kind for kind in of_each], device=CPU)[:, None, None]
+        counts = taken.sum((1, 2)).tolist()
     return Draw(
         kind=of_each,
         lam=[lams[u] for u in order],
         mask=taken,
+        tokens=counts,
         rectangle=[rectangles[u] for u in order],
     )

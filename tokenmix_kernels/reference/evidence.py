@@ -11,7 +11,7 @@ from torch import Tensor
 from ..inputs import Evidence
 from .draw import CPU, counting
 
-__all__ = ["areas", "pool", "pool_tokens"]
+__all__ = ["pool", "pool_tokens"]
 
 MOST_AT_ONCE = 4096  # maps that are pooled together
 MOST_SAMPLES = 64.0  # of a map along one axis of a token
@@ -211,7 +211,7 @@ def of_images(evidence: Evidence, images: Tensor) -> Evidence:
 
 
 def areas(taken: Tensor) -> Tensor:
-    """The share of the area that each image of a pair has, [B, 2] float64; `taken` may be a mask of tokens, too."""
+    """The share of the area that each image of a pair has, [B, 2] float64."""
     count = taken.shape[1] * taken.shape[2]
     shares = np.empty((taken.shape[0], 2))
     shares[:, 1] = taken.numpy().reshape(-1, count).sum(1)

@@ -3,9 +3,8 @@
 A few images at a time, each beside its partner, so that what is read again and all temporaries lie in the cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from math import gcd
 
 import torch
 from torch import Tensor
@@ -14,13 +13,12 @@ from ..memory import empty_images
 from ..settings import COPY, MASK_RULES, MIXUP, Settings
 from ..tables import byte_shift
 from .draw import CPU, Draw, counting
+from .lines import AT_ONCE, Lines, is_large, parts
+from .small import fits, mix_small
 
 __all__ = ["blend", "finish", "mix_pixels", "mutual", "scales", "swap_pixels"]
 
 RECTANGLES = tuple(rule.kind for rule in MASK_RULES.values() if not rule.whole_tokens)
-AT_ONCE = 1 << 17  # values of the images that are mixed at a time, unless one image has more
-# Types by the bytes of a word, to copy whole words whatever they hold.
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def blend(
@@ -70,66 +68,29 @@ def finish(out: Tensor, mixed: Tensor, shift: Tensor | None, scale: Tensor | Non
         out.copy_(mixed)
 
 
-def is_large(images: Tensor) -> bool:
-    """Whether the images are mixed one at a time."""
-    return 2 * images.numel() > AT_ONCE * images.shape[0]
-
-
 def gather(images: Tensor, rows: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The images of these rows, into `out` where that is given; all of them as they lie where `rows` is None."""
     return images if rows is None else torch.index_select(images, 0, rows, out=out)
 
 
-class Tokens:
-    """How the tokens of images lie in memory, so that whole words of them are copied.
-
-    Attributes:
-        planes: channels are apart, so that lines [H, W] are a view of each; False: a line holds all channels.
-        word: bytes of a word, which lies within one token; 0 where the images have other strides.
-    """
-
-    def __init__(self, patch: int, *tensors: Tensor) -> None:
-        first = tensors[0]
-        self.patch, self.item, self.device = patch, first.element_size(), first.device
-        self.planes = all(one.is_contiguous() for one in tensors)
-        self.word, self.run = 0, patch * self.item * (1 if self.planes else first.shape[1])
-        if self.planes or all(one.is_contiguous(memory_format=torch.channels_last) for one in tensors):
-            places = [place for one in tensors for place in (one.data_ptr(), one.storage_offset() * self.item)]
-            self.word = gcd(self.run, 16 if first.device.type == "cpu" else 8, *places)
-
-    def words(self, images: Tensor) -> Tensor:
-        """The images [n, C, H, W] as words [n, C, H, *], or [n, 1, H, *] where channels are innermost."""
-        # In one line first: axes of one element may have any strides.
-        channels, height = (images.shape[1] if self.planes else 1), images.shape[2]
-        line = (images if self.planes else images.permute(0, 2, 3, 1)).reshape(-1)
-        return line.view(WORDS[self.word]).view(images.shape[0], channels, height, -1)
-
-    def pixels(self, mask: Tensor) -> Tensor:
-        """A mask of tokens [n, Gh, Gw] on the CPU as one of words [n, 1, H, *] (of pixels, for other strides)."""
-        run = self.run // self.word if self.word else self.patch
-        each = mask.numpy().repeat(run, 2).repeat(self.patch, 1)
-        return torch.from_numpy(each[:, None]).to(self.device)
-
-    def select(self, mask: Tensor, own: Tensor, other: Tensor, out: Tensor) -> None:
-        """out = mask ? other : own, for a mask of `pixels`."""
-        if self.word:
-            same, own, out = other is out, self.words(own), self.words(out)
-            other = out if same else self.words(other)
-        torch.where(mask, other, own, out=out)
+def pairs_and_kinds(partner: Tensor, drawn: Draw) -> tuple[list[int], list[int]]:
+    """Each sample's partner and kind. A sample that is its own partner is left as it is, in every branch."""
+    pairs = partner.tolist()
+    return pairs, [COPY if i == j else kind for i, (j, kind) in enumerate(zip(pairs, drawn.kind, strict=True))]
 
 
 class Mixer:
     """Mixes parts of a batch: samples of one kind, their partners and their results as they are given."""
 
-    def __init__(self, images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
+    def __init__(
+        self, images: Tensor, out: Tensor, pairs: list[int], kinds: list[int], drawn: Draw, settings: Settings
+    ) -> None:
         self.drawn, self.device, self.of_bytes = drawn, images.device, images.dtype == torch.uint8
         self.shift, self.scale = scales(settings, self.of_bytes, self.device)
         self.wide = torch.float64 if images.dtype == torch.float64 else torch.float32
         self.whole = images.dtype == out.dtype and self.scale is None
-        self.pairs = partner.tolist()
-        # A sample that is its own partner is left as it is, in every branch.
-        self.kinds = [COPY if i == j else kind for i, (j, kind) in enumerate(zip(self.pairs, drawn.kind, strict=True))]
-        self.tokens = Tokens(settings.patch_size, *((images, out) if self.whole else (images,)))
+        self.pairs, self.kinds = pairs, kinds
+        self.lines = Lines(settings.patch_size, *((images, out) if self.whole else (images,)))
         # One mask for all is made once.
         self.one_mask = settings.mode == "batch" and MASK_RULES[settings.mask_type].drawn
         self.taken: Tensor | None = None
@@ -160,26 +121,40 @@ class Mixer:
             spare = self.spare if direct else None
             self.finish(out, blend(own, other, lam, out if out.dtype == self.wide else None, spare))
         elif kind in RECTANGLES:
-            self.finish(out, own)
-            for (top, bottom, left, right), same in groupby(
-                range(last - first), self.drawn.rectangle[first:last].__getitem__
-            ):
-                members = list(same)
-                some, inside = slice(members[0], members[-1] + 1), (..., slice(top, bottom), slice(left, right))
-                other = gather(images[inside], rows if rows is None else rows[some])
-                self.finish(out[some][inside], other)
+            self.rectangles(first, last, own, images, rows, out)
         else:
             if self.taken is None or not self.one_mask:
-                self.taken = self.tokens.pixels(self.drawn.mask[first : first + 1 if self.one_mask else last])
+                self.taken = self.lines.taken(self.drawn.mask[first : first + 1 if self.one_mask else last])
             mixed = out if self.whole else torch.empty_like(own)
             other = gather(images, rows, mixed)
-            self.tokens.select(self.taken, own, other, mixed)
+            self.lines.select(self.taken, own, other, mixed)
             self.finish(out, mixed)
+
+    def rectangles(self, first: int, last: int, own: Tensor, images: Tensor, rows: Tensor | None, out: Tensor) -> None:
+        """`mix` for samples that take a rectangle each."""
+        boxes = self.drawn.rectangle[first:last]
+        if rows is None and self.whole and own is not out:
+            inside = self.lines.inside(boxes[0], own.shape[2], own.shape[3])
+            if inside is not None:
+                self.lines.select(inside.words, own, images, out)
+                for place in self.lines.beside(inside, boxes[0]):
+                    self.lines.values(out)[place] = self.lines.values(images)[place]
+                return
+        self.finish(out, own)
+        for (top, bottom, left, right), same in groupby(range(last - first), boxes.__getitem__):
+            members = list(same)
+            some, box = slice(members[0], members[-1] + 1), (..., slice(top, bottom), slice(left, right))
+            other = gather(images[box], rows if rows is None else rows[some])
+            self.finish(out[some][box], other)
 
 
 def mix_pixels(images: Tensor, out: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
     """out[i] = the own image, with tokens, a rectangle or a share of the partner's; normalised where mean is given."""
-    mixer = Mixer(images, out, partner, drawn, settings)
+    pairs, kinds = pairs_and_kinds(partner, drawn)
+    if fits(images, out, kinds, settings):
+        mix_small(images, out, pairs, kinds, drawn, settings)
+        return
+    mixer = Mixer(images, out, pairs, kinds, drawn, settings)
     if mixer.alike(images):
         views = Views(mixer, images, out)
         for i, _ in parts(mixer.kinds, mixer.pairs, images.numel() // images.shape[0]):
@@ -199,46 +174,40 @@ class Views:
     """The views of large images that all have one draw, made at once: of words for tokens, of the rectangle."""
 
     def __init__(self, mixer: Mixer, images: Tensor, out: Tensor) -> None:
-        self.rectangle = mixer.drawn.kind[0] in RECTANGLES
-        self.pairs = mixer.pairs
+        self.pairs, lines, drawn = mixer.pairs, mixer.lines, mixer.drawn
         self.whole, self.whole_out = images.split(1), out.split(1)
-        if self.rectangle:
-            top, bottom, left, right = mixer.drawn.rectangle[0]
-            inside = (..., slice(top, bottom), slice(left, right))
-            images, out = images[inside], out[inside]
+        self.mask: Tensor | None = None
+        self.beside: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
+        if drawn.kind[0] not in RECTANGLES:
+            self.mask = lines.taken(drawn.mask[:1])
         else:
-            self.mask = mixer.tokens.pixels(mixer.drawn.mask[:1])
-            if mixer.tokens.word:
-                images, out = mixer.tokens.words(images), mixer.tokens.words(out)
+            top, bottom, left, right = drawn.rectangle[0]
+            # In place, nothing but the rectangle is touched.
+            inside = None if images is out else lines.inside(drawn.rectangle[0], images.shape[2], images.shape[3])
+            if inside is None:
+                box = (..., slice(top, bottom), slice(left, right))
+                images, out = images[box], out[box]
+            else:
+                self.mask = inside.words
+                for place in lines.beside(inside, drawn.rectangle[0]):
+                    self.beside.append((lines.values(images)[place].split(1), lines.values(out)[place].split(1)))
+        if self.mask is not None and lines.word:
+            images, out = lines.words(images), lines.words(out)
         self.own, self.out = images.split(1), out.split(1)
 
     def mix(self, i: int, others: Sequence[Tensor], j: int) -> None:
         """Mix sample i with others[j] into `out`, which may be the images."""
         alone = self.pairs[i] == i
-        if (alone or self.rectangle) and self.whole_out[i].data_ptr() != self.whole[i].data_ptr():
+        if (alone or self.mask is None) and self.whole_out[i].data_ptr() != self.whole[i].data_ptr():
             self.whole_out[i].copy_(self.whole[i])
         if alone:
             return
-        if self.rectangle:
+        if self.mask is None:
             self.out[i].copy_(others[j])
         else:
             torch.where(self.mask, others[j], self.own[i], out=self.out[i])
-
-
-def parts(kinds: list[int], pairs: list[int], size: int) -> Iterator[tuple[int, int]]:
-    """Samples (first, last + 1) of one kind that are mixed at a time, for images of `size` values.
-
-    Small images are taken several at a time. A large one is followed by its partner, which is in the cache by then.
-    """
-    if 2 * size > AT_ONCE:
-        todo = dict.fromkeys(j for pair in enumerate(pairs) for j in pair)
-        yield from ((i, i + 1) for i in todo)
-        return
-    step = AT_ONCE // size
-    for _, run in groupby(range(len(kinds)), key=kinds.__getitem__):
-        members = list(run)
-        for first in range(members[0], members[-1] + 1, step):
-            yield first, min(first + step, members[-1] + 1)
+        for own, out in self.beside:
+            out[i].copy_(own[j])
 
 
 def mutual(partner: Tensor) -> Tensor:
@@ -251,7 +220,7 @@ def swap_pixels(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings
     if not is_large(images):
         swap_small(images, partner, drawn, settings)
         return
-    mixer = Mixer(images, images, partner, drawn, settings)
+    mixer = Mixer(images, images, *pairs_and_kinds(partner, drawn), drawn, settings)
     if mixer.alike(images):
         views = Views(mixer, images, images)
         spare = torch.empty_like(views.own[0])
@@ -272,6 +241,9 @@ def swap_pixels(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings
 
 def swap_small(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings) -> None:
     """`swap_pixels` for small images, several pairs at a time."""
+    if images.numel() <= AT_ONCE:
+        mix_pixels(images.clone(), images, partner, drawn, settings)
+        return
     firsts = torch.nonzero(partner > counting(len(images))).flatten()
     if not len(firsts):
         return
@@ -282,6 +254,7 @@ def swap_small(images: Tensor, partner: Tensor, drawn: Draw, settings: Settings)
             kind=[drawn.kind[i] for i in order],
             lam=[drawn.lam[i] for i in order],
             mask=drawn.mask[members],
+            tokens=[drawn.tokens[i] for i in order],
             rectangle=[drawn.rectangle[i] for i in order],
         )
         before = images[members.to(images.device)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..inputs import Evidence
 from ..settings import COPY, MASK_RULES, MIXUP, Settings
 from .draw import CPU, Draw, Rectangle, coverage
-from .evidence import areas, pool
+from .evidence import pool
 
 __all__ = ["as_labels", "row_weights", "taken_share", "visible_share", "write_targets", "write_weights"]
 
@@ -58,28 +58,29 @@ def write_weights(
     rule = MASK_RULES[settings.mask_type]
     if not rule.whole_tokens and evidence.maps is None and not settings.correct_lam and not settings.minmax:
         by_lam.add(rule.kind)
+    if evidence.maps is None and visible is None:
+        return lam_or_area(drawn, by_lam, settings)
+    weights = pool(evidence, labels, partner, taken_share(drawn, settings), visible)
     use_lam = [kind in by_lam for kind in drawn.kind]
-    if evidence.maps is None and all(use_lam):
-        return lam_weights(drawn).float()
-    if evidence.maps is None and visible is None and rule.whole_tokens:
-        weights = areas(drawn.mask)
-    else:
-        weights = pool(evidence, labels, partner, taken_share(drawn, settings), visible)
     if not any(use_lam):
         return weights.float()
-    both = lam_weights(drawn)
-    chosen = torch.tensor(use_lam, device=CPU)
+    both, chosen = lam_or_area(drawn, set(drawn.kind), settings), torch.tensor(use_lam, device=CPU)
     if weights.dim() == 3:
-        return torch.where(chosen[:, None, None], both[:, :, None], weights).float()
-    return torch.where(chosen[:, None], both, weights).float()
+        return torch.where(chosen[:, None, None], both[:, :, None], weights.float())
+    return torch.where(chosen[:, None], both, weights.float())
 
 
-def lam_weights(drawn: Draw) -> Tensor:
-    """The weights that lam gives, [B, 2] float64."""
-    shares = np.empty((len(drawn.lam), 2))
-    shares[:, 0] = drawn.lam
-    shares[:, 1] = 65536 - shares[:, 0]
-    return torch.from_numpy(shares * 2.0**-16)
+def lam_or_area(drawn: Draw, by_lam: set[int], settings: Settings) -> Tensor:
+    """The weights that lam gives for kinds `by_lam`, and those of the area that was moved for others: [B, 2] fp32."""
+    count, moved = drawn.mask.shape[1] * drawn.mask.shape[2], drawn.tokens
+    if not MASK_RULES[settings.mask_type].whole_tokens:
+        count *= settings.patch_size**2
+        moved = [(bottom - top) * (right - left) for top, bottom, left, right in drawn.rectangle]
+    pairs = [
+        (lam / 65536, (65536 - lam) / 65536) if kind in by_lam else ((count - part) / count, part / count)
+        for kind, lam, part in zip(drawn.kind, drawn.lam, moved, strict=True)
+    ]
+    return torch.from_numpy(np.array(pairs, np.float32))
 
 
 def row_weights(weights: Tensor, labels: Tensor, partner: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw,
     rule_of = {kind: (smoothing / 2, 1.0) if kind in PAPER else (0.0, 1 - smoothing) for kind in set(drawn.kind)}
     rules = [rule_of[kind] for kind in drawn.kind]
     rest = smoothing / (2 if settings.multi_label else classes)
-    dense = torch.full((labels.shape[0], classes), rest, dtype=torch.float32, device=CPU)
+    dense = np.full((labels.shape[0], classes), rest, np.float32)
     if labels.dim() == 2:
         shape = (labels.shape[0], *[1] * (weights.dim() - 1))
         lower, scale = (
@@ -112,9 +113,9 @@ def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw,
         )
         raised = (weights - lower) * scale
         own, other = (raised[:, 0], raised[:, 1]) if raised.dim() == 3 else raised.split(1, 1)
-        dense.add_(own * labels).add_(other * labels[partner])
+        torch.from_numpy(dense).add_(own * labels).add_(other * labels[partner])
     else:
-        values, numbers = dense.view(-1).numpy(), labels.tolist()
+        values, numbers = dense.reshape(-1), labels.tolist()
         row = 0
         for label, j, (less, times), (own, other) in zip(
             numbers, partner.tolist(), rules, weights.tolist(), strict=True
@@ -125,4 +126,5 @@ def write_targets(weights: Tensor, labels: Tensor, partner: Tensor, drawn: Draw,
             if 0 <= label_j < classes:
                 values[row + label_j] += (other - less) * times
             row += classes
-    return dense.clamp_(max=1) if settings.clamp_targets else dense
+    targets = torch.from_numpy(dense)
+    return targets.clamp_(max=1) if settings.clamp_targets else targets
