@@ -39,6 +39,13 @@ def mix(
     rectangles = None
     if settings.erase_prob > 0:
         rectangles = draw_rectangles(key, sample_offset, images.shape[0], *size, settings)
+    # Before the pixels, which push all else out of the cache.
+    visible = None
+    if rectangles is not None and settings.erase_evidence:
+        visible = visible_share(rectangles, (drawn.mask.shape[1], drawn.mask.shape[2]), settings.patch_size)
+    weights = write_weights(evidence, labels, pairs, drawn, visible, settings)
+    targets = write_targets(weights, labels, pairs, drawn, settings)
+    weights = row_weights(weights, labels, pairs)
     before, others = images, pairs
     if out is images:
         if rectangles is not None and MIXUP in drawn.kind:
@@ -49,12 +56,6 @@ def mix(
         mix_pixels(images, out, pairs, drawn, settings)
     if rectangles is not None:
         erase_pixels(before, out, others, drawn, rectangles, key, sample_offset, settings)
-    visible = None
-    if rectangles is not None and settings.erase_evidence:
-        visible = visible_share(rectangles, (drawn.mask.shape[1], drawn.mask.shape[2]), settings.patch_size)
-    weights = write_weights(evidence, labels, pairs, drawn, visible, settings)
-    targets = write_targets(weights, labels, pairs, drawn, settings)
-    weights = row_weights(weights, labels, pairs)
     kind = torch.from_numpy(np.array(drawn.kind, np.uint8))
     mask = taken_share(drawn, settings).float() if settings.shares else drawn.mask
     result = Result(targets, mask, weights, kind)
