@@ -4,7 +4,6 @@ import gc
 import io
 import mmap
 import os
-import resource
 import threading
 
 import pytest
@@ -215,12 +214,13 @@ def test_a_large_batch_is_mixed_into_such_memory(pool):
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_POPULATE"), reason="pages come one by one here")
-@pytest.mark.parametrize("threads, together", [(1, True), (2, False)])
-def test_one_thread_gets_the_pages_of_a_new_block_together(threads, together, pool, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_one_thread_gets_the_pages_of_a_new_block_together(pool, monkeypatch):
+    import resource
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     images = torch.zeros(8, *SHAPE[1:])
     out = empty_images(images, images.dtype)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     out.numpy().fill(1)
     faults, pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, 4 * SIZE // mmap.PAGESIZE
-    assert (faults < pages / 4) == together
+    assert faults < pages / 4
