@@ -81,12 +81,12 @@ def noise(
             places = pixels * channels + counting(channels)[:, None, None]  # [C, h, N]
             words = side_by_side(philox(seed, home, places, NOISE))
             filled.append(normal(words)[..., left % 8 : left % 8 + w])
-        elif settings.erase_mode == "rand":
+        elif settings.erase_mode == "const":
+            filled.append(torch.zeros(channels, h, w, dtype=torch.float32, device=CPU))
+        else:
             groups = (channels + 7) // 8
             colour = normal(side_by_side(philox(seed, home, n * groups + counting(groups), COLOUR))[:channels])
             filled.append(colour[:, None, None].expand(channels, h, w))
-        else:
-            filled.append(torch.zeros(channels, h, w, dtype=torch.float32, device=CPU))
     return filled
 
 
