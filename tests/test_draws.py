@@ -10,7 +10,7 @@ from mix_helpers import mask_stats
 from scipy import special, stats
 
 from tokenmix_kernels import token_mask
-from tokenmix_kernels.reference.draw import AT_ONCE, philox, philox_several
+from tokenmix_kernels.reference.draw import AT_ONCE, coverage, philox, philox_one, philox_several
 from tokenmix_kernels.tables import beta_table, ratio_table
 
 
@@ -34,6 +34,7 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, words):
     drawn = philox(seed, torch.tensor(sample), torch.tensor(counter[2]), counter[3])
     assert drawn.tolist() == words
     assert philox_several(seed, sample, counter[2], counter[3], 1) == [tuple(words)]
+    assert philox_one(seed, sample, counter[2], counter[3]) == words
 
 
 @pytest.mark.parametrize("seed, sample", [(0, 0), (-1, -1), (2**63 - 1, 2**62 + 2**32 - 1), (-(2**40) + 3, 2**32)])
@@ -41,6 +42,21 @@ def test_several_counters_at_once_draw_what_each_draws_alone(seed, sample):
     for first, stream in ((0, 2), (7, 3), (2**32 - AT_ONCE, 2**32 - 1)):
         alone = philox(seed, torch.tensor(sample), torch.arange(first, first + AT_ONCE), stream).tolist()
         assert philox_several(seed, sample, first, stream, AT_ONCE) == [tuple(words) for words in alone]
+
+
+@pytest.mark.parametrize("patch, grid", [(8, (3, 4)), (14, (1, 2)), (1, (5, 3))])
+def test_coverage_counts_the_pixels_of_each_token(patch, grid):
+    height, width = grid[0] * patch, grid[1] * patch
+    source = np.random.default_rng(patch)
+    for case in range(60):
+        top, bottom = sorted(source.integers(0, height + 1, 2).tolist())
+        left, right = sorted(source.integers(0, width + 1, 2).tolist())
+        if case == 0:
+            top, bottom, left, right = 0, height, 0, width
+        pixels = np.zeros((height, width), np.int64)
+        pixels[top:bottom, left:right] = 1
+        expected = pixels.reshape(grid[0], patch, grid[1], patch).sum((1, 3))
+        assert coverage((top, bottom, left, right), grid, patch).tolist() == expected.tolist()
 
 
 def test_ratio_table_is_log_uniform():

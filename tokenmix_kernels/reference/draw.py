@@ -94,10 +94,22 @@ def philox_several(seed: int, sample: int, draw: int, stream: int, count: int) -
     return list(zip(*(fields.unpack(word.to_bytes(fields.size, "little")) for word in (c0, c1, c2, c3)), strict=True))
 
 
+def philox_one(seed: int, sample: int, draw: int, stream: int) -> list[int]:
+    """`philox` of one counter: four words."""
+    c0, c1, c2, c3 = sample & LOW32, sample >> 32 & LOW32, draw, stream
+    key0, key1 = seed & LOW32, seed >> 32 & LOW32
+    for _ in range(10):
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = high >> 32 ^ c1 ^ key0, high & LOW32
+        c2, c3 = low >> 32 ^ c3 ^ key1, low & LOW32
+        key0, key1 = key0 + 0x9E3779B9 & LOW32, key1 + 0xBB67AE85 & LOW32
+    return [c0, c1, c2, c3]
+
+
 def first_words(seed: int, samples: list[int], stream: int) -> list[Words]:
     """The words of each sample's first draw, [U, 4]."""
     if len(samples) == 1:
-        return [*philox_several(seed, samples[0], 0, stream, 1)]
+        return [philox_one(seed, samples[0], 0, stream)]
     return [*philox_words(seed, np.array(samples), np.zeros(1, np.int64), stream).tolist()]
 
 
@@ -264,11 +276,19 @@ def cutmix_rectangle(words: Words, lam: int, plan: Plan, minmax: bool, height: i
 def coverage(rectangle: Rectangle, grid: tuple[int, int], patch: int) -> Tensor:
     """Pixels of each token inside a rectangle, [Gh, Gw] int64, not to be changed."""
     top, bottom, left, right = rectangle
-    rows, columns = (
-        [max(min(place + patch, end) - max(place, start), 0) for place in range(0, count * patch, patch)]
-        for count, start, end in zip(grid, (top, left), (bottom, right), strict=True)
-    )
+    rows, columns = covered(top, bottom, grid[0], patch), covered(left, right, grid[1], patch)
     return torch.from_numpy(np.multiply.outer(rows, columns))
+
+
+def covered(start: int, end: int, count: int, patch: int) -> list[int]:
+    """How much of each of `count` pieces of length `patch` lies in start ... end - 1."""
+    pieces = [0] * count
+    if start < end:
+        first, last = start // patch, (end - 1) // patch
+        pieces[first : last + 1] = [patch] * (last + 1 - first)
+        pieces[first] -= start - first * patch
+        pieces[last] -= (last + 1) * patch - end
+    return pieces
 
 
 def draw(
