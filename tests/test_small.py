@@ -79,6 +79,27 @@ def test_images_that_require_a_gradient_are_mixed_by_numpy():
     assert bits_equal(mixed.images, plain.images) and not mixed.images.requires_grad
 
 
+@pytest.mark.filterwarnings("error")
+def test_numpy_blends_what_is_not_finite_without_a_warning(monkeypatch):
+    images = torch.zeros(4, 3, 16, 16)
+    images[0], images[1], images[2], images[3] = math.inf, 3e38, 3e38, -math.inf
+    mix = TokenMix(cutmix_alpha=0, num_classes=4, patch_size=8)
+    used, plain = both_ways(
+        monkeypatch, lambda: mix(images, torch.arange(4), seed=2)[0], pixels, "fits", lambda *_: False
+    )  # fmt: skip
+    assert used[0].isnan().all() and torch.equal(used.isnan(), plain.isnan())
+    assert torch.equal(used.nan_to_num(), plain.nan_to_num())
+
+
+@pytest.mark.parametrize("mask_type", ["block", "cutmix"])
+def test_large_images_that_require_a_gradient_are_mixed(mask_type):
+    images = random_images((2, 3, 160, 160)).requires_grad_()
+    options = {"num_classes": 2, "mask_type": mask_type, "lam": 0.37, "seed": 1}
+    with torch.no_grad():
+        mixed = tokenmix(images, torch.arange(2), **options)
+    assert bits_equal(mixed.images, tokenmix(images.detach(), torch.arange(2), **options).images)
+
+
 def test_large_images_take_rectangles_by_words(monkeypatch):
     """Rectangles of any width at any column, also within one word: against slices of the partner."""
     partner = torch.tensor([1, 0, 2])

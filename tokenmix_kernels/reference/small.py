@@ -81,9 +81,10 @@ def mix_small(images: Tensor, out: Tensor, pairs: list[int], kinds: list[int], d
                 lam = (np.array(lams, own.dtype) * number(2.0**-16)).reshape(-1, 1, 1, 1)
             if spare is None or len(spare) != last - first:
                 spare = np.empty_like(own[some])
-            np.multiply(own[some], lam, out=mixed[some])
-            np.multiply(own[others], 1 - lam, out=spare)
-            np.add(mixed[some], spare, out=mixed[some])
+            with np.errstate(invalid="ignore", over="ignore"):  # PyTorch does not warn of what is not finite
+                np.multiply(own[some], lam, out=mixed[some])
+                np.multiply(own[others], 1 - lam, out=spare)
+                np.add(mixed[some], spare, out=mixed[some])
             continue
         mixed[some] = own[some]
         if kind == COPY:
