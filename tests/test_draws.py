@@ -10,7 +10,7 @@ from mix_helpers import mask_stats
 from scipy import special, stats
 
 from tokenmix_kernels import token_mask
-from tokenmix_kernels.reference.draw import AT_ONCE, coverage, philox, philox_one, philox_several
+from tokenmix_kernels.reference.draw import AT_ONCE, coverage, first_words, philox, philox_one, philox_several
 from tokenmix_kernels.tables import beta_table, ratio_table
 
 
@@ -42,6 +42,13 @@ def test_several_counters_at_once_draw_what_each_draws_alone(seed, sample):
     for first, stream in ((0, 2), (7, 3), (2**32 - AT_ONCE, 2**32 - 1)):
         alone = philox(seed, torch.tensor(sample), torch.arange(first, first + AT_ONCE), stream).tolist()
         assert philox_several(seed, sample, first, stream, AT_ONCE) == [tuple(words) for words in alone]
+
+
+@pytest.mark.parametrize("sample", [0, 2**32 - 1, 2**32 + 3, 2**62 + 5])
+def test_a_sample_alone_draws_what_it_draws_among_others(sample):
+    for stream in range(3):
+        alone, among = first_words(-7, [sample], stream), first_words(-7, [sample, 5], stream)
+        assert list(alone[0]) == list(among[0]) == philox(-7, torch.tensor(sample), torch.tensor(0), stream).tolist()
 
 
 @pytest.mark.parametrize("patch, grid", [(8, (3, 4)), (14, (1, 2)), (1, (5, 3))])
